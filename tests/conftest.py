@@ -1,0 +1,34 @@
+"""What every test runs under: eight fake CPU devices and a strict JAX."""
+
+import os
+import pathlib
+
+# JAX reads these when it is imported, so they come first.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# JAX_NUMPY_DTYPE_PROMOTION=strict stays off: flax's LayerNorm promotes bfloat16 to float32 implicitly.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+import jax
+import numpy as np
+import pytest
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    assert jax.default_backend() == "cpu"
+    assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) -> the arrays that the authors' program computed, {entry: numpy array}."""
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    return load
