@@ -1,0 +1,216 @@
+"""DPA: the Dual-Perspective Activation (Qiu et al., NeurIPS 2024)."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpa_jax.activations import memory as mem
+from dpa_jax.activations.checks import check_choice, check_labels, check_memory, check_range
+from dpa_jax.activations.penalties import RECORDS, Ratio, Summary
+from dpa_jax.activations.threshold import threshold
+
+CRITERIA = {
+    "intersection": lambda forward, backward: forward & backward,
+    "union": lambda forward, backward: forward | backward,
+    "forward": lambda forward, backward: forward,
+    "backward": lambda forward, backward: backward,
+    "all": lambda forward, backward: jnp.ones_like(forward),
+}
+"""How the two perspectives join (Table 3): whether the class is silent forward, unwanted backward, both, ..."""
+
+
+@struct.dataclass
+class DPARecord:
+    """What one DPA saw in one call. Leading axes, as ``nn.scan`` adds them, are layers.
+
+    Attributes:
+        values: [B, C] float32, pooled pre-activations, with gradient.
+        forward: [B, C] float32, each sample's row of the forward memory before this batch.
+        backward: [B, C] float32, likewise of the backward memory.
+        labels: [B] int32.
+        update: bool scalar, whether this call updated the memories.
+    """
+
+    values: jax.Array
+    forward: jax.Array
+    backward: jax.Array
+    labels: jax.Array
+    update: jax.Array
+    num_classes: int = struct.field(pytree_node=False)
+    tau: float = struct.field(pytree_node=False)
+    momentum: float = struct.field(pytree_node=False)
+    criterion: str = struct.field(pytree_node=False)
+
+    @staticmethod
+    def summarize(records: list[DPARecord]) -> Summary:
+        """The channel loss over all layers together: the mean of v^2 over all masked entries."""
+        channel = masked = Ratio(jnp.zeros(()), jnp.zeros(()))
+        for group in _stack_alike(records):
+            mask = joint_mask(group)
+            count = jnp.sum(mask, dtype=jnp.float32)
+            labelled = jnp.sum(mem.valid_labels(group.labels, group.num_classes), dtype=jnp.float32)
+            channel += Ratio(jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0)), count)
+            masked += Ratio(count, labelled * group.values.shape[-1])
+        return Summary(terms={"channel": channel}, masked=masked)
+
+
+def _stack_alike(records: list[DPARecord]) -> list[DPARecord]:
+    """Records of equal shapes and settings along one leading axis, so that one look serves all layers."""
+    groups = defaultdict(list)
+    for record in records:
+        lifted = record.update.ndim  # axes that nn.scan or nn.vmap put in front
+        layers = jax.tree.map(lambda leaf, n=lifted: leaf.reshape(-1, *leaf.shape[n:]), record)
+        groups[layers.values.shape[1:], jax.tree.structure(layers)].append(layers)
+    return [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups.values()]
+
+
+def joint_mask(record: DPARecord) -> jax.Array:
+    """The channels that have nothing to do with each sample's class (the joint criterion).
+
+    Args:
+        record: one with a leading axis of L layers on every leaf.
+
+    Returns:
+        [L, B, C] bool, False for samples without a label.
+    """
+    values = jax.lax.stop_gradient(record.values)
+
+    def after_own_update():
+        prefix_means = functools.partial(mem.prefix_means, momentum=record.momentum)
+        rows = jax.vmap(prefix_means)(record.forward, values, record.labels)
+        return jnp.where(record.update[:, None, None], rows, record.forward)
+
+    # Most steps update nothing and skip the scan; a conditional for each layer would cost more than it saves.
+    forward = jax.lax.cond(jnp.any(record.update), after_own_update, lambda: record.forward)
+    joint = CRITERIA[record.criterion](forward < record.tau, record.backward < 0)
+    labelled = mem.valid_labels(record.labels, record.num_classes)
+    return joint & (values > record.tau) & labelled[:, :, None]
+
+
+class DPA(nn.Module):
+    """Dual-Perspective Activation: a threshold with two class-wise memories of its channels.
+
+    The output is `threshold` of the input, always. In training, two memories follow what each class does
+    to each channel: ``forward_memory`` the pooled inputs, ``backward_memory`` the signs of the pooled gradients of
+    the loss. Where both say that a channel has nothing to do with a sample's class and it is active
+    all the same, the *channel* penalty pushes it down (`dpa_jax.penalties`).
+
+    Example::
+
+        act = dpa_jax.DPA(num_classes=10)
+        x, labels = jnp.ones((8, 17, 64)), jnp.zeros(8, int)
+        variables = act.init(jax.random.key(0), x)
+
+        def loss_fn(backward_memory):
+            y, mutated = act.apply(
+                {**variables, "backward_memory": backward_memory}, x, labels, train=True, mutable=dpa_jax.MUTABLE
+            )
+            return jnp.sum(y) + 5.0 * dpa_jax.penalties(mutated)["channel"], mutated
+
+        # The gradient with respect to the backward memory is its update.
+        update, mutated = jax.grad(loss_fn, has_aux=True)(variables["backward_memory"])
+        backward_memory = optax.apply_updates(variables["backward_memory"], update)
+
+    Variables:
+        ``forward_memory``: ``mean`` [K, C] float32 and ``step`` [] int32, the training calls modulo the interval.
+        ``backward_memory``: ``mean`` [K, C] float32.
+
+    Attributes:
+        num_classes: K.
+        tau: the threshold, at least 0.
+        momentum: weight of a new value in a memory, in [0, 1].
+        update_interval: the memories are updated in every ``update_interval``-th training call.
+        pool: how an input becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
+            over the middle axes of [B, ..., C], ``"none"`` for [B, C].
+        criterion: which perspectives mask a channel: ``"intersection"`` (the method), ``"union"``, ``"forward"``,
+            ``"backward"`` or ``"all"`` (DPA, Table 3).
+
+    Raises:
+        ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
+    """
+
+    num_classes: int
+    tau: float = 0.0
+    momentum: float = 0.9
+    update_interval: int = 5
+    pool: str = "token"
+    criterion: str = "intersection"
+
+    def __post_init__(self):
+        check_range("DPA", "num_classes", self.num_classes, low=1)
+        check_range("DPA", "tau", self.tau, low=0)
+        check_range("DPA", "momentum", self.momentum, low=0, high=1)
+        check_range("DPA", "update_interval", self.update_interval, low=1)
+        check_choice("DPA", "pool", self.pool, mem.POOLS)
+        check_choice("DPA", "criterion", self.criterion, CRITERIA)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Applies the threshold and, given labels, takes part in the penalty.
+
+        Args:
+            x: pre-activations, of the shape that ``pool`` takes; any floating dtype.
+            labels: [B] integers, -1 for samples to be left out. None: the plain threshold and nothing else.
+            train: whether the memories are updated. Without, they are read for the penalty where
+                the call's ``mutable`` asks for it.
+
+        Returns:
+            Array of the shape and dtype of ``x``.
+        """
+        y = threshold(x, self.tau)
+        shape = (self.num_classes, x.shape[-1])
+        if self.is_initializing():
+            mem.pool(x, self.pool)  # a wrong shape shows here, not in the first training step
+            self.variable("forward_memory", "mean", jnp.zeros, shape, jnp.float32)
+            self.variable("forward_memory", "step", jnp.zeros, (), jnp.int32)
+            self.variable("backward_memory", "mean", jnp.zeros, shape, jnp.float32)
+            return y
+        if labels is None or not (train or self.is_mutable_collection(RECORDS)):
+            return y
+
+        labels = jnp.asarray(labels)
+        check_labels("DPA", x, labels)
+        forward = self._memory("forward_memory", "mean")
+        backward = self._memory("backward_memory", "mean")
+        step = self._memory("forward_memory", "step")
+        for memory in (forward, backward):
+            check_memory("DPA", memory.value, *shape)
+
+        values = mem.pool(x, self.pool)
+        record = DPARecord(
+            values=values,
+            forward=mem.recall(forward.value, labels),
+            backward=mem.recall(jax.lax.stop_gradient(backward.value), labels),
+            labels=labels,
+            update=jnp.zeros((), bool),
+            num_classes=self.num_classes,
+            tau=self.tau,
+            momentum=self.momentum,
+            criterion=self.criterion,
+        )
+        if train:
+            new_step = (step.value + 1) % self.update_interval
+            update = new_step == 0
+            weights = mem.update_weights(labels, self.num_classes, self.momentum)
+            new_mean = mem.update_memory(forward.value, jax.lax.stop_gradient(values), weights)
+            y = mem.remember_gradient_signs(self.pool, y, backward.value, weights, update)
+            record = record.replace(update=update)
+            forward.value = jnp.where(update, new_mean, forward.value)
+            step.value = new_step
+        self.sow(RECORDS, "dpa", record)
+        return y
+
+    def _memory(self, collection: str, name: str):
+        if not self.has_variable(collection, name):
+            raise ValueError(
+                f"DPA {'/'.join(self.path)!r}: {collection!r} is missing from the variables. Pass every "
+                "collection that model.init returned to model.apply."
+            )
+        return self.variable(collection, name, None)

@@ -1,0 +1,186 @@
+"""Class-wise memories: the mathematics, without state.
+
+A memory is a [K, C] float32 array, a running mean for each of K classes over C channels. The samples of a
+batch enter it one after the other, each moving the row of its own class:
+
+    memory[y_i] <- memory[y_i] + momentum * (value_i - memory[y_i])
+
+Nothing here loops over samples. With r_i the rank of sample i among its class and n_k the class's count in the
+batch, the rows after the batch are ``(1-m)^n_k * old + sum_i m (1-m)^(n_k - r_i) value_i``: one product of a
+[B, K] matrix that follows from the labels alone with the values. That is linear in the batch and, sharded over
+it, one sum over devices. The rows that each sample sees on the way are a segmented scan (`prefix_means`).
+
+Labels outside 0..K-1 (-1 by convention: padding, unlabelled) take no part.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+POOLS = ("token", "mean", "none")
+
+
+def pool(x: jax.Array, how: str) -> jax.Array:
+    """One float32 vector per sample.
+
+    Args:
+        x: [B, N, C] for ``"token"`` (the first token), [B, ..., C] for ``"mean"`` (over every axis between
+            batch and channels), [B, C] for ``"none"``.
+        how: one of `POOLS`.
+
+    Returns:
+        [B, C] float32.
+
+    Raises:
+        ValueError: if the rank of ``x`` does not fit the pool.
+    """
+    if how == "token" and x.ndim == 3:
+        pooled = x[:, 0]
+    elif how == "mean" and x.ndim >= 3:
+        return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=jnp.float32)
+    elif how == "none" and x.ndim == 2:
+        pooled = x
+    else:
+        wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
+        if how not in wanted:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {how!r}")
+        raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
+    return pooled.astype(jnp.float32)
+
+
+@struct.dataclass
+class UpdateWeights:
+    """What the labels of a batch do to a memory: ``new = keep[:, None] * old + add.T @ values``.
+
+    Attributes:
+        keep: [K] float32, what is left of each old row.
+        add: [B, K] float32, the weight of each sample in each row.
+    """
+
+    keep: jax.Array
+    add: jax.Array
+
+
+def _ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """0-based rank of each sample among the earlier ones of its class [B], and the class counts [K + 1].
+
+    Samples without a valid label form class K.
+    """
+    counts = jnp.zeros(num_classes + 1, jnp.int32).at[labels].add(1)
+    starts = jnp.cumsum(counts) - counts
+    # Where each sample stands once the batch is sorted by class; stable, so batch order holds within a class.
+    position = jnp.argsort(jnp.argsort(labels, stable=True)).astype(jnp.int32)
+    return position - starts[labels], counts
+
+
+def valid_labels(labels: jax.Array, num_classes: int) -> jax.Array:
+    """[B] bool: the samples with a label in 0..K-1."""
+    return (labels >= 0) & (labels < num_classes)
+
+
+def update_weights(labels: jax.Array, num_classes: int, momentum: float) -> UpdateWeights:
+    """The closed form's weights, exact for repeated classes; linear in the batch (a sort of the labels aside).
+
+    Args:
+        labels: [B] integers.
+        num_classes: K.
+        momentum: weight of the new value, in [0, 1].
+    """
+    labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
+    ranks, counts = _ranks(labels, num_classes)
+    decay = 1.0 - momentum
+    later = counts[labels] - ranks - 1  # samples of the same class still to come
+    weights = momentum * jnp.power(decay, later.astype(jnp.float32))
+    add = jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
+    return UpdateWeights(keep=jnp.power(decay, counts[:num_classes].astype(jnp.float32)), add=add)
+
+
+def update_memory(memory: jax.Array, values: jax.Array, weights: UpdateWeights) -> jax.Array:
+    """The memory after all samples of the batch.
+
+    Args:
+        memory: [K, C] float32.
+        values: [B, C] float32.
+        weights: `update_weights` of the batch's labels.
+
+    Returns:
+        [K, C] float32.
+    """
+    # HIGHEST: accelerators would round the values to bfloat16 or TF32 in a default product.
+    sums = jnp.matmul(weights.add.T, values, precision=jax.lax.Precision.HIGHEST)
+    return weights.keep[:, None] * memory + sums
+
+
+def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
+    """Each sample's row of its own class: [K, C], [B] -> [B, C]; zeros where the label is invalid."""
+    return memory.at[jnp.where(labels < 0, memory.shape[0], labels)].get(mode="fill", fill_value=0.0)
+
+
+def prefix_means(recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float) -> jax.Array:
+    """What each sample finds in its class's row right after its own update, later samples not yet in.
+
+    A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
+    batch, depth logarithmic, no B x B matrix.
+
+    Args:
+        recalled: [B, C] float32, the rows before the batch (`recall`).
+        values: [B, C] float32.
+        labels: [B] integers.
+        momentum: weight of the new value.
+
+    Returns:
+        [B, C] float32, in batch order.
+    """
+    order = jnp.argsort(labels, stable=True)
+    labels = labels[order]
+    first = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]
+    decay = 1.0 - momentum
+    # row <- factor * row + term; a class's first sample starts from the memory, not from its neighbour.
+    factors = jnp.where(first, 0.0, decay)
+    terms = momentum * values[order] + jnp.where(first, decay * recalled[order], 0.0)
+
+    def compose(earlier, later):
+        return earlier[0] * later[0], earlier[1] * later[0] + later[1]
+
+    _, rows = jax.lax.associative_scan(compose, (factors, terms))
+    return rows[jnp.argsort(order)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def remember_gradient_signs(
+    how: str, y: jax.Array, memory: jax.Array, weights: UpdateWeights, update: jax.Array
+) -> jax.Array:
+    """The identity on ``y``; the gradient with respect to ``memory`` is the memory's update.
+
+    The cotangent of ``memory`` is ``new - old``, where new has taken in the sign of the pooled gradient of every
+    sample (+1 where it is positive, else -1; DPA, section 3). Being a delta, a branch that is not run or a
+    stopped gradient leaves the memory alone, and two uses of one memory add up.
+
+    Args:
+        how: the pool, one of `POOLS`.
+        y: the activation's output, of a shape that the pool takes.
+        memory: [K, C] float32, the backward memory.
+        weights: `update_weights` of the batch's labels.
+        update: bool scalar; False makes the update zero.
+    """
+    del how, memory, weights, update
+    return y
+
+
+def _remember_forward(how, y, memory, weights, update):
+    del how
+    return y, (memory, weights, update)
+
+
+def _remember_backward(how, residuals, grad_y):
+    memory, weights, update = residuals
+    signs = jnp.where(pool(grad_y, how) > 0, 1.0, -1.0)
+    delta = update_memory(memory, signs, weights) - memory
+    return grad_y, jnp.where(update, delta, 0.0), None, None
+
+
+remember_gradient_signs.defvjp(_remember_forward, _remember_backward)

@@ -1,0 +1,88 @@
+"""From what the modules of a model recorded during one call to the penalties of its loss.
+
+A module sows a *record* of what it saw. Records hold per-sample values of all layers, so that sums and counts
+are taken once over the whole model: a mean over layers is exact, and a sharded batch costs few reductions.
+A record class adds a mechanism: it has ``summarize(records) -> Summary``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+RECORDS = "penalty_records"
+"""The collection that modules sow into. It lives for one call and is never carried to the next."""
+
+MUTABLE = ("forward_memory", RECORDS)
+"""The collections to pass to ``apply`` as ``mutable=``."""
+
+COLLECTIONS = ("forward_memory", "backward_memory", RECORDS)
+"""Every collection of the mechanisms, as ``nn.scan`` and ``nn.vmap`` want them in ``variable_axes``."""
+
+
+@struct.dataclass
+class Ratio:
+    """A sum and what it is to be divided by, kept apart so that batches and devices can be added up.
+
+    Attributes:
+        total: float32 scalar, or [G] where the value is the mean of G groups' ratios.
+        count: float32, of the same shape.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    def __add__(self, other: Ratio) -> Ratio:
+        return Ratio(self.total + other.total, self.count + other.count)
+
+    def value(self) -> jax.Array:
+        """The mean of the groups' ratios; a group without members counts as 0."""
+        return jnp.mean(self.total / jnp.maximum(self.count, 1.0))
+
+
+@struct.dataclass
+class Summary:
+    """What the records of one call amount to.
+
+    Attributes:
+        terms: {penalty's name: Ratio}.
+        masked: masked (sample, channel) entries and all of them; None where nothing masks.
+    """
+
+    terms: dict[str, Ratio]
+    masked: Ratio | None = None
+
+    def penalties(self) -> dict[str, jax.Array]:
+        return {name: ratio.value() for name, ratio in self.terms.items()}
+
+
+def summarize(mutated: Mapping[str, Any]) -> Summary:
+    """Sums and counts of every penalty, from the collections that ``model.apply(..., mutable=MUTABLE)`` returned.
+
+    Args:
+        mutated: the second result of ``apply``; a model without records gives an empty summary.
+    """
+    records = jax.tree.leaves(mutated.get(RECORDS, {}), is_leaf=lambda node: hasattr(node, "summarize"))
+    summary = Summary(terms={})
+    for kind in dict.fromkeys(type(record) for record in records):
+        part = kind.summarize([record for record in records if type(record) is kind])
+        masked = part.masked if summary.masked is None else summary.masked + part.masked
+        summary = Summary(terms={**summary.terms, **part.terms}, masked=masked)
+    return summary
+
+
+def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The penalties to add to a loss, each times its coefficient.
+
+    Args:
+        mutated: the second result of ``model.apply(..., mutable=dpa_jax.MUTABLE)``.
+
+    Returns:
+        {name: float32 scalar}; ``"channel"`` where the model has `DPA`. Empty if no module recorded
+        anything: no labels were given, or the collections were not mutable.
+    """
+    return summarize(mutated).penalties()
