@@ -1,0 +1,305 @@
+"""Checkpoints of a run: asynchronous and atomic by Orbax, checked against a digest before they are
+believed."""
+
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+import warnings
+from collections.abc import Iterator
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+_STATE = "state"  # Orbax's item with the arrays
+_METRICS = "metrics/metrics"  # where Orbax keeps a step's metrics, as JSON
+_DIGEST = "digest.json"  # {file: [bytes, sha256]}
+_DISCARDED = "discarded"  # what is about to be deleted: a rename is atomic, a deletion is not
+# Orbax writes these last, when the digest is already there. They hold times and class names, nothing of the
+# run.
+_BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class DamagedCheckpointError(RuntimeError):
+    """There are checkpoints, but none that can be read."""
+
+
+class Checkpoints:
+    """The checkpoints below one directory: the last few, and the best one.
+
+    `save` copies the arrays to the host and returns; a background thread writes them into a temporary
+    folder, adds a digest of every file, and renames the folder to the step's number. So a checkpoint is
+    either whole or absent, and `restore` believes none whose files differ from their digest: neither zarr
+    nor Orbax notices a flipped bit.
+
+    Use it as a context manager, or call `close`, so that the last save is on the disk when the program ends.
+    """
+
+    def __init__(
+        self, directory: str | pathlib.Path, *, keep: int, best: str = "eval_top1", read_only: bool = False
+    ) -> None:
+        """Opens or makes the directory, and clears what a killed save has left there.
+
+        Args:
+            directory: a local or mounted folder.
+            keep: how many of the newest checkpoints stay; the best one stays besides.
+            best: the metric that tells the best, higher being better.
+            read_only: touch nothing in the folder, as it befits an evaluation next to a running training.
+
+        Raises:
+            ValueError: `keep` is less than 1.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, to have something to resume from, got {keep}")
+        self.directory = pathlib.Path(directory).absolute()
+        self.best = best
+        self._read_only = read_only
+        self._saving: int | None = None
+        self._manager: ocp.CheckpointManager | None = None
+        if read_only:
+            return
+        self._clear_discarded()
+        for step in self._steps():  # the manager reads all metrics as it opens, and fails on damaged ones
+            if jax.process_index() == 0 and (reason := _damage(self._folder(step), only=_METRICS)):
+                self._set_aside(step, reason)
+        policies = ocp.checkpoint_managers
+        keep_best = policies.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=self._quality,
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), keep_best]),
+                cleanup_tmp_directories=True,
+                todelete_subdir=_DISCARDED,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_commit),
+            ),
+        )
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts to save and returns once the arrays are copied: they may be donated or changed at once.
+
+        A step that is there already is left alone, unless `metrics` are given that it lacks: then it is
+        written anew.
+
+        Args:
+            step: how many training steps the state has seen.
+            state: any pytree of arrays; random keys as key data.
+            metrics: figures of the evaluation at this step; None where there was none.
+
+        Raises:
+            RuntimeError: the object is read-only.
+            Exception: whatever made the save before this one fail.
+        """
+        if self._manager is None:
+            raise RuntimeError("these checkpoints were opened read-only; open them without read_only to save")
+        self.wait()
+        if step in self._steps():
+            if not metrics or self._metrics(step):
+                return
+            self._manager.delete(step)
+            self._clear_discarded()
+        self._saving = step
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_to_dict(state))}),
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            force=True,
+        )
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
+        """Restores the newest readable checkpoint, or the one of `step`.
+
+        A damaged checkpoint is warned of and moved to `damaged-STEP` beside the others (left in place when
+        read-only); where no `step` was asked for, the one before it is tried.
+
+        Args:
+            abstract_state: the pytree to restore into, a `jax.ShapeDtypeStruct` with a sharding for every
+                leaf; the devices may be others than those that the state was saved from.
+            step: the step to restore; None for the newest.
+
+        Returns:
+            The step and the state, or None when nothing was ever saved.
+
+        Raises:
+            ValueError: a leaf of `abstract_state` has no sharding, or the checkpoint is of another model:
+                the first leaf that differs is named with both shapes.
+            DamagedCheckpointError: there are checkpoints, but no readable one.
+            FileNotFoundError: `step` was given and is not there.
+        """
+        _require_shardings(abstract_state)
+        self.wait()
+        steps = self._steps()
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
+        for candidate in [step] if step is not None else reversed(steps):
+            folder = self._folder(candidate)
+            reason = _damage(folder) if jax.process_index() == 0 else ""
+            if not multihost_utils.broadcast_one_to_all(np.int32(bool(reason))):
+                _require_same_leaves(folder, abstract_state)
+                return candidate, _read(folder, abstract_state)
+            if jax.process_index() == 0:
+                self._set_aside(candidate, reason)
+            multihost_utils.sync_global_devices(f"damaged checkpoint {candidate}")
+            if self._manager is not None:
+                self._manager.reload()
+        aside = sorted(path.name for path in self.directory.glob("damaged-*"))
+        if steps or aside:
+            raise DamagedCheckpointError(
+                f"no readable checkpoint in {self.directory} (steps found: {steps}; set aside: {aside}). "
+                "To begin again, remove these folders or choose another working directory."
+            )
+        return None
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step on the disk; a save still under way does not count."""
+        return max(self._steps(), default=None)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step on the disk with the highest `best` metric (the newest of equals), or None without any."""
+        quality = {step: self._quality(self._metrics(step)) for step in self._steps()}
+        known = [step for step in quality if quality[step] > -math.inf]
+        return max(known, key=lambda step: (quality[step], step), default=None)
+
+    def wait(self) -> None:
+        """Returns when the save under way is on the disk; raises what made it fail."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of the threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+            self._clear_discarded()
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Calls `close`."""
+        self.close()
+
+    def _steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _metrics(self, step: int) -> dict[str, float]:
+        try:
+            return json.loads((self._folder(step) / _METRICS).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _quality(self, metrics: dict[str, float]) -> float:
+        value = metrics.get(self.best, math.nan)
+        return -math.inf if math.isnan(value) else value
+
+    def _before_commit(self) -> None:
+        # Orbax calls this in its background thread, when all files are written and before the folder gets
+        # its name.
+        if jax.process_index() == 0:
+            self._clear_discarded()
+            (folder,) = self.directory.glob(f"{self._saving}.*")
+            digest = {name: _fingerprint(folder / name) for name in _files(folder)}
+            (folder / _DIGEST).write_text(json.dumps(digest, indent=1))
+
+    def _clear_discarded(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _DISCARDED, ignore_errors=True)
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        folder, what = self._folder(step), "it is left where it is"
+        if not self._read_only:
+            aside, copy = self.directory / f"damaged-{step}", 1
+            while aside.exists():
+                copy += 1
+                aside = aside.with_name(f"damaged-{step}-{copy}")
+            folder.rename(aside)
+            what = f"moved to {aside.name}"
+        warnings.warn(f"checkpoint {folder} is damaged: {reason}; {what}", RuntimeWarning, stacklevel=3)
+
+
+def _files(folder: pathlib.Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (_DIGEST, *_BOOKKEEPING):
+            yield name
+
+
+def _fingerprint(path: pathlib.Path) -> list[int | str]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _damage(folder: pathlib.Path, only: str | None = None) -> str:
+    """Says what is wrong with the files of a checkpoint (or with one of them); empty when nothing is."""
+    try:
+        digest = json.loads((folder / _DIGEST).read_text())
+        for name in [only] if only else digest:
+            size, sha256 = digest[name]
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if _fingerprint(folder / name)[1] != sha256:
+                return f"{name} has other contents than were written"
+    except FileNotFoundError as error:
+        return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{_DIGEST} or a file it names is unreadable ({error!r})"
+    return ""
+
+
+def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+
+
+def _to_dict(tree: Any) -> dict[str, Any]:
+    # Nested dicts of names: what is on the disk then depends on no class of Flax, Optax or ours.
+    return traverse_util.unflatten_dict(_flat(tree))
+
+
+def _require_shardings(abstract_state: Any) -> None:
+    for path, leaf in _flat(abstract_state).items():
+        if getattr(leaf, "sharding", None) is None:
+            raise ValueError(
+                f"abstract_state: {'/'.join(path)} needs a sharding; without one the arrays can't be put on "
+                "other devices than they were saved from"
+            )
+
+
+def _require_same_leaves(folder: pathlib.Path, abstract_state: Any) -> None:
+    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(folder) / _STATE)
+    saved, wanted = traverse_util.flatten_dict(metadata.tree), _flat(abstract_state)
+    for path in [*wanted, *(path for path in saved if path not in wanted)]:
+        there, here = _describe(saved.get(path)), _describe(wanted.get(path))
+        if there != here:
+            raise ValueError(
+                f"checkpoint {folder} is of another model or configuration: {'/'.join(path)} is {there} "
+                f"there and {here} here. Use the configuration that it was trained with, or another workdir."
+            )
+
+
+def _describe(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _read(folder: pathlib.Path, abstract_state: Any) -> Any:
+    restored = ocp.StandardCheckpointHandler().restore(
+        epath.Path(folder) / _STATE, args=ocp.args.StandardRestore(_to_dict(abstract_state))
+    )
+    arrays = traverse_util.flatten_dict(restored)
+    leaves = [arrays[path] for path in _flat(abstract_state)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

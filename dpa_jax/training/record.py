@@ -1,0 +1,191 @@
+"""The record of a run: metrics.jsonl, TensorBoard files, the configuration and a picture of the curves."""
+
+import json
+import math
+import os
+import pathlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+History = Sequence[Mapping[str, Any]]
+
+# Panels of the picture: title, and (key of a record, what its line is called) for every line.
+_PANELS = {
+    "loss": (("train_loss", "train"), ("eval_loss", "eval")),
+    "top-1 (%)": (("train_top1", "train"), ("eval_top1", "eval")),
+    "masked channels (%)": (("masked_fraction", "train"),),
+    "learning rate": (("lr", "train"),),
+}
+_RUN_COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")
+_TRAIN_COLOUR = "#9aa7b4"
+
+
+class Recorder:
+    """Writes what a run measures into its working directory; only process 0 writes.
+
+    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures, `config.json` the resolved
+    configuration and, after `close`, `curves.png` a picture.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, step: int) -> None:
+        """Opens the record of a run that begins, or goes on, after `step` steps.
+
+        Lines of later steps, which a killed run wrote after its last checkpoint, are taken away, and so is
+        a last line that was written by halves. TensorBoard is told to hide the same steps.
+
+        Args:
+            workdir: the run's folder; it is made where it isn't there.
+            config: the resolved configuration.
+            step: steps done by the state that the run goes on from; 0 at the start.
+        """
+        self.workdir = pathlib.Path(workdir)
+        self._history: list[dict[str, Any]] = []
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        from tensorboardX import SummaryWriter
+
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._path = self.workdir / "metrics.jsonl"
+        if self._path.exists():
+            found = self._path.read_text(errors="replace")
+            self._history = [record for record in _parse(found, self._path) if record["step"] <= step]
+            _replace(self._path, "".join(_line(record) for record in self._history))
+        _replace(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+        # The suffix keeps apart two runs that begin in the same second, whose files would else have one name.
+        self._tensorboard = SummaryWriter(
+            str(self.workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}.{os.getpid()}"
+        )
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All records of the run so far, oldest first, those of earlier starts included."""
+        return self._history
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one line, and returns when it is on the disk.
+
+        Args:
+            record: names and figures (Python, NumPy or JAX scalars; a figure that is not finite becomes
+                null), with `step` among them.
+
+        Raises:
+            ValueError: `step` is missing.
+        """
+        if "step" not in record:
+            raise ValueError(f"a record needs the step it belongs to; got {sorted(record)}")
+        values = {name: _plain(value) for name, value in record.items()}
+        self._history.append(values)
+        if not self._writes:
+            return
+        with self._path.open("a") as file:
+            file.write(_line(values))
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._tensorboard.add_scalar(name, value, values["step"])
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Draws the curves, where there is something to draw, and closes the TensorBoard file."""
+        if self._writes:
+            self._tensorboard.close()
+            if self._history:
+                plot_curves(self._history, self.workdir / "curves.png")
+
+
+def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.Path) -> None:
+    """Draws loss and top-1 over the epochs, and masked channels and learning rate where they were recorded.
+
+    Args:
+        histories: the records of one run, or of several by name, as `Recorder.history` has them.
+        path: the picture to write; its ending tells the format.
+
+    Raises:
+        ValueError: there is no record with an `epoch`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    runs = dict(histories) if isinstance(histories, Mapping) else {"": histories}
+    recorded = {name for history in runs.values() for record in history for name in record}
+    if "epoch" not in recorded:
+        raise ValueError("nothing to draw: the history has no record with an epoch")
+    panels = {title: lines for title, lines in _PANELS.items() if any(key in recorded for key, _ in lines)}
+    figure = Figure(figsize=(3.1 * len(panels), 2.7), dpi=160, layout="constrained", facecolor="white")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        both = len(lines) > 1  # train and eval, to be told apart
+        scale = 100.0 if title.endswith("(%)") else 1.0
+        for (run, history), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+            for key, split in lines:
+                points = [(r["epoch"], scale * r[key]) for r in history if r.get(key) is not None]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        color=_TRAIN_COLOUR if both and split == "train" and len(runs) == 1 else colour,
+                        linestyle="--" if both and split == "train" and len(runs) > 1 else "-",
+                        linewidth=1.6,
+                        marker="o" if len(points) == 1 else None,
+                        markersize=4,
+                        label=f"{run} {split}".strip() if both else run,
+                    )
+        axes.set_title(title, fontsize=10, loc="left", color="#222222")
+        axes.set_xlabel("epoch", fontsize=9, color="#444444")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(labelsize=8, length=0, colors="#444444")
+        axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#b8bec5")
+        if title == "learning rate":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            axes.yaxis.get_offset_text().set_fontsize(8)
+    first = figure.axes[0]
+    first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor="#222222")
+    figure.savefig(path)
+
+
+def _colours(count: int) -> list[str]:
+    return [_RUN_COLOURS[i % len(_RUN_COLOURS)] for i in range(count)]
+
+
+def _parse(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
+    records = []
+    lines = text.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+            if line.endswith("\n"):
+                records.append(record)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # a kill can only cut the last one
+                message = f"{path}: line {number} is no record and is dropped"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return records
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves either the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
