@@ -1,0 +1,272 @@
+"""The configuration of a run: every key with its default, and the check that refuses what cannot run.
+
+A configuration file starts from `default_config` and changes keys; the command line changes them again::
+
+    def get_config():
+        config = default_config()
+        config.batch_size = 64
+        return config
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dpa_jax.activations.checks import check_choice, check_range
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
+SCHEDULES = ("cosine", "step", "multistep", "constant")
+PRECISIONS = ("float32", "bfloat16")
+CROPS = ("none", "pad", "resized")
+INTERPOLATIONS = ("bilinear", "bicubic", "random")
+RESIDENCES = ("auto", "device", "host")
+
+# What is in these is for the activation, the model and the loss to say: any key may be added.
+FREE = ("mechanism_options", "coefficients", "model_options")
+
+
+def default_config() -> ConfigDict:
+    """Every key a run has, at its default.
+
+    Returns:
+        A locked ConfigDict: setting a key that it does not have raises, with the nearest one named.
+        `mechanism_options`, `coefficients` and `model_options` alone take new keys.
+    """
+    config = ConfigDict(
+        {
+            # The activation: a name that `dpa_jax.activation` knows, and its options (tau, momentum, ...).
+            "mechanism": "dpa",
+            "mechanism_options": {},
+            # The weight of each penalty in the loss, by the penalty's name; the papers' lambda.
+            "coefficients": {"channel": 5.0},
+            # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
+            "model": "vit",
+            "model_options": {},
+            # Images in a training batch and in an evaluation batch, over all devices together.
+            "batch_size": 256,
+            "eval_batch_size": 256,
+            # How often the training images are gone through.
+            "epochs": 300,
+            # Of the initial parameters, the order of the images, augmentation and dropout.
+            "seed": 0,
+            # The share of the target that is spread evenly over all classes.
+            "label_smoothing": 0.0,
+            # What the model computes in; parameters, memories and the loss are float32 always.
+            "precision": "float32",
+            # Gradients are scaled down to this global norm; 0 leaves them as they are.
+            "clip_norm": 1.0,
+            "optimizer": {
+                "name": "adamw",
+                # The highest rate; the schedule leads to it and down from it.
+                "learning_rate": 1e-3,
+                # On every parameter: decoupled for adamw, added to the gradient for the others.
+                "weight_decay": 0.05,
+                # adamw and adam: decay of the running mean of gradients.
+                "beta1": 0.9,
+                # adamw, adam and rmsprop: decay of the running mean of squared gradients.
+                "beta2": 0.999,
+                # adamw, adam and rmsprop: added to the root of that mean.
+                "eps": 1e-8,
+                # sgd and rmsprop.
+                "momentum": 0.9,
+            },
+            "schedule": {
+                "name": "cosine",
+                # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
+                "warmup_epochs": 0,
+                "warmup_learning_rate": 1e-6,
+                # cosine: the rate at the end.
+                "min_learning_rate": 0.0,
+                # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
+                "step_epochs": 30,
+                # multistep: the same after each of these numbers of epochs.
+                "milestones": (150, 225),
+                "gamma": 0.1,
+            },
+            "data": {
+                # A source that `dpa_jax.data` knows: digits, cifar10, cifar100, synthetic.
+                "name": "digits",
+                # The folder to look in; empty: the usual places.
+                "dir": "",
+                # Fetch what is missing.
+                "download": False,
+                # synthetic: what is made.
+                "image_size": 32,
+                "channels": 3,
+                "num_classes": 10,
+                "train_examples": 2048,
+                "test_examples": 512,
+                # Where the images are kept: on the device, in the host's memory, or wherever they fit.
+                "resident": "auto",
+            },
+            "augment": {
+                # The width and height that the model gets; 0: as the images are stored.
+                "image_size": 0,
+                # Training: none, pad (random crop of the padded image), resized (random resized crop).
+                "crop": "none",
+                # pad: pixels added on each side.
+                "padding": 4,
+                # resized: the share of the area and the width-to-height ratio that are drawn from.
+                "scale": (0.08, 1.0),
+                "ratio": (3 / 4, 4 / 3),
+                "interpolation": "random",
+                # The probability of a horizontal flip.
+                "flip": 0.0,
+                # Evaluation: resize to this before the centre crop; 0: no resize.
+                "eval_resize": 0,
+            },
+            "checkpoint": {
+                # How many of the latest are kept, beside the best.
+                "keep": 3,
+                # Steps between them; 0: at the end of each epoch only.
+                "every_steps": 0,
+            },
+            # Epochs between evaluations; the last epoch is always followed by one.
+            "eval_every_epochs": 1,
+            # Seconds between progress lines where the output is not a terminal.
+            "log_every_seconds": 10.0,
+        }
+    )
+    config.lock()
+    for name in FREE:
+        config[name].unlock()
+    return config
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration that cannot run, before anything is loaded or compiled.
+
+    The names of the mechanism, the model and the data are for their registries to check.
+
+    Args:
+        config: as `default_config` makes it, with other values.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest one), a missing key, a value of another type than the
+            default's, or a value that makes no sense; the key is named with its dots.
+    """
+    _check_structure("", config, default_config())
+
+    for path in ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs"):
+        _check_range(config, path, low=1)
+    _check_range(config, "seed", low=0, high=2**32 - 1)
+    _check_range(config, "label_smoothing", low=0.0, high=1.0)
+    _check_range(config, "clip_norm", low=0.0)
+    _check_range(config, "log_every_seconds", low=0.0)
+    check_choice("config", "precision", config["precision"], PRECISIONS)
+    for name, value in config["coefficients"].items():
+        if not _is_number(value):
+            raise ValueError(f"config: coefficients.{name} must be a number; got {value!r}")
+
+    check_choice("config", "optimizer.name", config["optimizer"]["name"], OPTIMIZERS)
+    _check_positive(config, "optimizer.learning_rate")
+    _check_positive(config, "optimizer.eps")
+    _check_range(config, "optimizer.weight_decay", low=0.0)
+    for path in ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "augment.flip"):
+        _check_range(config, path, low=0.0, high=1.0)
+
+    schedule = config["schedule"]
+    check_choice("config", "schedule.name", schedule["name"], SCHEDULES)
+    _check_range(config, "schedule.warmup_epochs", low=0)
+    if schedule["warmup_epochs"] >= config["epochs"]:
+        raise ValueError(
+            f"config: schedule.warmup_epochs must be less than epochs; "
+            f"got {schedule['warmup_epochs']} of {config['epochs']}. Set both for a shorter run."
+        )
+    _check_range(config, "schedule.warmup_learning_rate", low=0.0)
+    _check_range(config, "schedule.min_learning_rate", low=0.0, high=config["optimizer"]["learning_rate"])
+    _check_range(config, "schedule.step_epochs", low=1)
+    _check_positive(config, "schedule.gamma")
+    milestones = schedule["milestones"]
+    if not all(type(m) is int and m >= 1 for m in milestones) or list(milestones) != sorted(set(milestones)):
+        raise ValueError(
+            f"config: schedule.milestones must be whole numbers of epochs, rising, from 1; got {milestones}"
+        )
+
+    for name in ("image_size", "channels", "num_classes", "train_examples", "test_examples"):
+        _check_range(config, f"data.{name}", low=1)
+    check_choice("config", "data.resident", config["data"]["resident"], RESIDENCES)
+
+    check_choice("config", "augment.crop", config["augment"]["crop"], CROPS)
+    check_choice("config", "augment.interpolation", config["augment"]["interpolation"], INTERPOLATIONS)
+    for name in ("image_size", "padding", "eval_resize"):
+        _check_range(config, f"augment.{name}", low=0)
+    _check_interval(config, "augment.scale", high=1.0)
+    _check_interval(config, "augment.ratio")
+
+    _check_range(config, "checkpoint.keep", low=1)
+    _check_range(config, "checkpoint.every_steps", low=0)
+
+
+def _check_structure(path: str, given: Any, default: Any) -> None:
+    """Raises unless `given` has the keys and types of `default`; an int is fine where a float is wanted."""
+    if isinstance(default, ConfigDict):
+        if not isinstance(given, Mapping | ConfigDict):
+            raise ValueError(f"config: {path} must be a group of keys; got {_described(given)}")
+        if path in FREE:
+            return
+        prefix = f"{path}." if path else ""
+        for key in given:
+            if key not in default:
+                raise ValueError(f"config: there is no key {prefix}{key}. {_nearest_key(prefix, key)}")
+        for key in default:
+            if key not in given:
+                raise ValueError(f"config: the key {prefix}{key} is missing; start from default_config()")
+            _check_structure(prefix + key, given[key], default[key])
+    elif isinstance(default, float):
+        if not _is_number(given):
+            raise ValueError(f"config: {path} must be a finite float; got {_described(given)}")
+    elif type(given) is not type(default):
+        raise ValueError(f"config: {path} must be of type {type(default).__name__}; got {_described(given)}")
+
+
+def _nearest_key(prefix: str, key: str) -> str:
+    """A sentence naming the key most like `key`: in the group that it was looked for in, else in any."""
+    keys: dict[str, list[str]] = {"": []}
+    for name, value in default_config().items():
+        keys[""].append(name)
+        if isinstance(value, ConfigDict):
+            keys[f"{name}."] = list(value)
+    for group in (prefix, *keys):
+        nearest = difflib.get_close_matches(key, keys[group], n=1)
+        if nearest:
+            return f"Did you mean {group}{nearest[0]}?"
+    return f"The keys there are {', '.join(keys[prefix])}."
+
+
+def _described(value: Any) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+    value: Any = config
+    for key in path.split("."):
+        value = value[key]
+    return value
+
+
+def _check_range(
+    config: Mapping[str, Any], path: str, low: float | None = None, high: float | None = None
+) -> None:
+    check_range("config", path, _get(config, path), low, high)
+
+
+def _check_positive(config: Mapping[str, Any], path: str) -> None:
+    if _get(config, path) <= 0:
+        raise ValueError(f"config: {path} must be more than 0; got {_get(config, path)}")
+
+
+def _check_interval(config: Mapping[str, Any], path: str, high: float = math.inf) -> None:
+    interval = _get(config, path)
+    if len(interval) != 2 or not all(map(_is_number, interval)) or not 0 < interval[0] <= interval[1] <= high:
+        upper = "" if high == math.inf else f", at most {high}"
+        raise ValueError(f"config: {path} must be (low, high), more than 0{upper}; got {interval}")
