@@ -1,0 +1,105 @@
+"""Learning rates and optimisers, composed of Optax's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dpa_jax.activations.checks import check_choice
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+def make_schedule(
+    config: ConfigDict, learning_rate: float, steps_per_epoch: float, total_steps: int
+) -> Schedule:
+    """The learning rate at every step, as the papers' programs have it.
+
+    Their schedules are asked *after* a step: a step uses what the schedule says for the one before it, the
+    first step what it says at the start. ``"cosine"`` and ``"constant"`` change at every step, and the cosine
+    is counted from the very first step on, not from the end of the warm-up: it reaches
+    ``min_learning_rate`` W steps before the end, W being the steps of the warm-up. ``"step"`` and
+    ``"multistep"`` change, in the warm-up too, at the start of an epoch only, and count their epochs from the
+    end of the warm-up.
+
+    Args:
+        config: the group ``schedule`` of a run's configuration.
+        learning_rate: the highest rate.
+        steps_per_epoch: training images over batch size; need not be whole.
+        total_steps: steps of the whole run.
+
+    Returns:
+        From a step (int scalar, 0 is the first) to its rate (float32 scalar); works under jit.
+
+    Raises:
+        ValueError: for an unknown schedule (with the nearest one).
+    """
+    check_choice("make_schedule", "schedule.name", config.name, ("cosine", "step", "multistep", "constant"))
+    by_epoch = config.name in ("step", "multistep")
+    epochs = math.ceil(total_steps / steps_per_epoch)
+    warmup_time = config.warmup_epochs if by_epoch else round(config.warmup_epochs * steps_per_epoch)
+    warmup = optax.linear_schedule(config.warmup_learning_rate, learning_rate, warmup_time)
+    first_steps = np.array([round(epoch * steps_per_epoch) for epoch in range(1, epochs)], np.int32)
+
+    if config.name == "cosine":
+        main = optax.cosine_decay_schedule(
+            learning_rate, total_steps - warmup_time, alpha=config.min_learning_rate / learning_rate
+        )
+    elif config.name == "constant":
+        main = optax.constant_schedule(learning_rate)
+    else:
+        every = range(config.step_epochs, epochs, config.step_epochs)
+        milestones = every if config.name == "step" else config.milestones
+        main = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(milestones, config.gamma))
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        now = jnp.searchsorted(first_steps, step, side="right") if by_epoch else jnp.asarray(step)
+        before = jnp.maximum(now - 1, 0)
+        rate = main(now - warmup_time) if by_epoch else main(before)
+        return jnp.where(before < warmup_time, warmup(before), rate).astype(jnp.float32)
+
+    return schedule
+
+
+def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
+    """Clipping by the global norm, then the optimiser that ``config.optimizer`` names.
+
+    Each follows PyTorch's of that name, which the papers' programs use. Weight decay is on every
+    parameter: decoupled for ``"adamw"`` (Loshchilov and Hutter, 2019), added to the clipped gradient for the
+    others. ``"rmsprop"`` takes ``beta2`` as the decay of its squares (PyTorch's default is 0.99).
+
+    Args:
+        config: a run's configuration; ``clip_norm`` and ``optimizer`` are read.
+        schedule: from a step to a learning rate; the optimiser counts the steps itself, from 0.
+
+    Raises:
+        ValueError: for an unknown optimiser (with the nearest one).
+    """
+    options = config.optimizer
+    momentum = optax.trace(options.momentum) if options.momentum else optax.identity()
+    directions = {
+        "adamw": lambda: [
+            optax.scale_by_adam(options.beta1, options.beta2, options.eps),
+            optax.add_decayed_weights(options.weight_decay),
+        ],
+        "adam": lambda: [
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_adam(options.beta1, options.beta2, options.eps),
+        ],
+        "sgd": lambda: [optax.add_decayed_weights(options.weight_decay), momentum],
+        # Not optax.rmsprop: its momentum gathers updates already scaled by the rate, PyTorch's does not.
+        "rmsprop": lambda: [
+            optax.add_decayed_weights(options.weight_decay),
+            optax.scale_by_rms(options.beta2, options.eps, eps_in_sqrt=False),
+            momentum,
+        ],
+    }
+    check_choice("make_optimizer", "optimizer.name", options.name, directions)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, *directions[options.name](), optax.scale_by_learning_rate(schedule))
