@@ -1,0 +1,116 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.metrics
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpa_jax.training.metrics import Average, Classification, cross_entropy
+
+
+def test_average_is_weighted_by_counts():
+    average = jax.jit(lambda a: a.add(6.0, 3).add(1, 1).merge(a.add(5, 2)))(Average.empty())
+    assert average.compute() == 2.0
+    assert average.total.dtype == average.count.dtype == jnp.float32
+
+
+def test_average_of_nothing_is_zero_in_each_place():
+    average = Average.empty((2,)).add(jnp.array([3.0, 0.0]), jnp.array([2, 0]))
+    assert average.compute().tolist() == [1.5, 0.0]
+
+
+def predictions(num_classes, size, seed, classes=None):
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(size, num_classes)).astype(np.float32)
+    labels = random.choice(num_classes if classes is None else classes, size=size).astype(np.int32)
+    logits[np.arange(size), labels] += random.choice([0.0, 2.0], size=size)  # right more often than by chance
+    return logits, labels
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "classes"),
+    [
+        (10, 200, None),
+        (100, 64, None),  # most classes in few or no samples
+        (10, 40, [0, 3, 4]),  # predicted classes that are never true
+        (3, 30, None),  # fewer classes than five
+        (2, 1, None),
+    ],
+)
+def test_figures_equal_scikit_learn(num_classes, size, classes):
+    logits, labels = predictions(num_classes, size, seed=num_classes, classes=classes)
+    counts = Classification.empty(num_classes)
+    update = jax.jit(Classification.update)
+    for begin in range(0, size, 16):  # the last batch is padded
+        part, truth = logits[begin : begin + 16], labels[begin : begin + 16]
+        padding = 16 - len(truth)
+        part = np.pad(part, ((0, padding), (0, 0)), constant_values=7.0)
+        counts = update(counts, part, np.pad(truth, (0, padding), constant_values=-1))
+    figures = jax.jit(Classification.compute)(counts)
+
+    guesses = logits.argmax(1)
+    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
+        labels, guesses, average="macro", zero_division=0
+    )
+    five = np.argsort(-logits, axis=1)[:, :5]
+    expected = {
+        "top1": sklearn.metrics.accuracy_score(labels, guesses),
+        "top5": np.mean([label in row for label, row in zip(labels, five, strict=True)]),
+        "recall": recall,
+        "precision": precision,
+        "f1": f1,
+    }
+    assert counts.count == size
+    assert figures.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(figures[name], expected[name], rtol=1e-6, atol=0, err_msg=name)
+
+
+def test_nothing_counted_gives_zeros():
+    figures = Classification.empty(4).compute()
+    assert {name: float(value) for name, value in figures.items()} == dict.fromkeys(figures, 0.0)
+
+
+def test_counts_do_not_depend_on_the_split_over_devices_or_batches():
+    logits, labels = predictions(10, 64, seed=1)
+    labels[5] = -1
+    whole = Classification.empty(10).update(logits, labels)
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    sharded = jax.jit(Classification.update)(
+        Classification.empty(10), jax.device_put(logits, sharding), jax.device_put(labels, sharding)
+    )
+    first = Classification.empty(10).update(logits[:24], labels[:24])
+    merged = Classification.empty(10).update(logits[24:], labels[24:]).merge(first)
+    for other in (sharded, merged):
+        jax.tree.map(np.testing.assert_array_equal, whole, other)
+
+
+def test_empty_accumulators_can_be_donated():
+    state = Classification.empty(3), Average.empty(), Average.empty((2,))
+    state = jax.jit(lambda s: s, donate_argnums=0)(state)
+    assert state[0].count == 0
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_cross_entropy_of_labelled_samples(label_smoothing):
+    logits, labels = predictions(7, 12, seed=3)
+    labels[[2, 11]] = -1
+    total, count = cross_entropy(logits, labels, label_smoothing)
+
+    kept = labels >= 0
+    wide = logits[kept].astype(np.float64)
+    log_p = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+    right = log_p[np.arange(len(wide)), labels[kept]]
+    expected = -((1 - label_smoothing) * right + label_smoothing * log_p.mean(1))
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-6)
+    assert count == 10
+
+
+def test_cross_entropy_is_float32_and_padding_has_no_gradient():
+    logits, labels = predictions(5, 6, seed=4)
+    labels[3] = -1
+    total, count = cross_entropy(jnp.asarray(logits, jnp.bfloat16), labels)
+    assert total.dtype == count.dtype == jnp.float32
+    gradient = jax.grad(lambda z: cross_entropy(z, labels, 0.1)[0])(jnp.asarray(logits))
+    assert not gradient[3].any()
+    assert gradient[jnp.array([0, 1, 2, 4, 5])].any(axis=1).all()
