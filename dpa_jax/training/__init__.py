@@ -1,0 +1,1 @@
+"""Training: configuration, optimisers, metrics, checkpoints, records and the loop that joins them."""
