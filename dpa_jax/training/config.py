@@ -167,8 +167,10 @@ def validate(config: Mapping[str, Any]) -> None:
     _check_positive(config, "optimizer.learning_rate")
     _check_positive(config, "optimizer.eps")
     _check_range(config, "optimizer.weight_decay", low=0.0)
-    for path in ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "augment.flip"):
-        _check_range(config, path, low=0.0, high=1.0)
+    _check_range(config, "optimizer.momentum", low=0.0, high=1.0)
+    for name in ("beta1", "beta2"):
+        if not 0 <= config["optimizer"][name] < 1:  # at 1 the correction of the bias divides by 0
+            raise ValueError(f"config: optimizer.{name} must be in [0, 1); got {config['optimizer'][name]}")
 
     schedule = config["schedule"]
     check_choice("config", "schedule.name", schedule["name"], SCHEDULES)
@@ -196,6 +198,7 @@ def validate(config: Mapping[str, Any]) -> None:
     check_choice("config", "augment.interpolation", config["augment"]["interpolation"], INTERPOLATIONS)
     for name in ("image_size", "padding", "eval_resize"):
         _check_range(config, f"augment.{name}", low=0)
+    _check_range(config, "augment.flip", low=0.0, high=1.0)
     _check_interval(config, "augment.scale", high=1.0)
     _check_interval(config, "augment.ratio")
 

@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dpa_jax.activations.checks import check_choice
+from dpa_jax.training.config import SCHEDULES
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -40,7 +41,7 @@ def make_schedule(
     Raises:
         ValueError: for an unknown schedule (with the nearest one).
     """
-    check_choice("make_schedule", "schedule.name", config.name, ("cosine", "step", "multistep", "constant"))
+    check_choice("make_schedule", "schedule.name", config.name, SCHEDULES)
     by_epoch = config.name in ("step", "multistep")
     epochs = math.ceil(total_steps / steps_per_epoch)
     warmup_time = config.warmup_epochs if by_epoch else round(config.warmup_epochs * steps_per_epoch)

@@ -120,6 +120,7 @@ def test_command_line_refuses(override, message):
         ("optimizer.name", "sgdd", r"optimizer\.name must be one of .*'sgdd'\. Did you mean 'sgd'\?"),
         ("optimizer.learning_rate", 0.0, r"optimizer\.learning_rate must be more than 0; got 0"),
         ("optimizer.momentum", 1.1, r"optimizer\.momentum must be in \[0\.0, 1\.0\]; got 1\.1"),
+        ("optimizer.beta2", 1.0, r"optimizer\.beta2 must be in \[0, 1\); got 1\.0"),
         ("schedule.name", "cosin", r"schedule\.name must be one of .*Did you mean 'cosine'\?"),
         ("schedule.warmup_epochs", 300, r"schedule\.warmup_epochs must be less than epochs; got 300 of 300"),
         ("schedule.milestones", (5, 3), r"schedule\.milestones must be whole numbers of epochs, rising"),
