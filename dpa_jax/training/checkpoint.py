@@ -1,5 +1,4 @@
-"""Checkpoints of a run: asynchronous and atomic by Orbax, checked against a digest before they are
-believed."""
+"""Checkpoints of a run: asynchronous and atomic by Orbax, compared with a digest before they are used."""
 
 import hashlib
 import json
@@ -21,8 +20,7 @@ _STATE = "state"  # Orbax's item with the arrays
 _METRICS = "metrics/metrics"  # where Orbax keeps a step's metrics, as JSON
 _DIGEST = "digest.json"  # {file: [bytes, sha256]}
 _DISCARDED = "discarded"  # what is about to be deleted: a rename is atomic, a deletion is not
-# Orbax writes these last, when the digest is already there. They hold times and class names, nothing of the
-# run.
+# Orbax writes these after the digest. They hold times and class names, nothing of the run.
 _BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 

@@ -117,8 +117,11 @@ def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.
     if "epoch" not in recorded:
         raise ValueError("nothing to draw: the history has no record with an epoch")
     panels = {title: lines for title, lines in _PANELS.items() if any(key in recorded for key, _ in lines)}
-    figure = Figure(figsize=(3.1 * len(panels), 2.7), dpi=160, layout="constrained", facecolor="white")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    rows = 2 if len(panels) == 4 else 1  # four abreast are too small to read on a page
+    columns = len(panels) // rows
+    size = (3.4 * columns, 2.5 * rows)
+    figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         both = len(lines) > 1  # train and eval, to be told apart
         scale = 100.0 if title.endswith("(%)") else 1.0
@@ -137,16 +140,15 @@ def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.
                     )
         axes.set_title(title, fontsize=10, loc="left", color="#222222")
         axes.set_xlabel("epoch", fontsize=9, color="#444444")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.tick_params(labelsize=8, length=0, colors="#444444")
         axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color("#b8bec5")
         if title == "learning rate":
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-            axes.yaxis.get_offset_text().set_fontsize(8)
+            axes.yaxis.set_major_formatter("{x:g}")  # an exponent of its own would push the title up
     first = figure.axes[0]
     first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor="#222222")
     figure.savefig(path)

@@ -1,0 +1,78 @@
+import io
+import itertools
+
+import pytest
+
+from dpa_jax.training import progress
+from dpa_jax.training.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Ten seconds pass from one look at the clock to the next."""
+    ticks = itertools.count(0, 10)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+
+
+def epoch(stream, **options):
+    return Progress(2, 5, first_step=100, last_step=110, batch_size=64, stream=stream, **options)
+
+
+def test_plain_lines_come_at_most_each_so_many_seconds_and_at_the_end(clock):
+    stream = io.StringIO()
+    shown = epoch(stream, every=45)
+    for step in range(101, 111):
+        shown.update(step, {"loss": 1.25, "top1": 0.5, "lr": 0.1})
+    shown.close()
+    figures = "loss 1.2500, top-1 50.00%, 6 images/s"
+    assert stream.getvalue().splitlines() == [
+        f"epoch 2/5, step 105/110: {figures}, 00:50 left",
+        f"epoch 2/5, step 110/110: {figures}",
+    ]
+
+
+def test_images_per_second_and_time_left_after_a_resume_count_from_the_resume(clock):
+    stream = io.StringIO()
+    shown = Progress(1, 1, first_step=96, last_step=110, batch_size=100, every=5, stream=stream)
+    shown.update(100, {})
+    shown.close()
+    assert stream.getvalue() == "epoch 1/1, step 100/110: 40 images/s, 00:25 left\n"
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it():
+    stream = Terminal()
+    shown = epoch(stream)
+    shown.update(105, {"loss": 0.5, "top1": 0.875})
+    shown.write("checkpoint saved")  # and the bar is drawn anew below it
+    shown.close()
+    text = stream.getvalue()
+    assert "epoch 2/5" in text
+    assert "checkpoint saved\n" in text
+    assert "loss 0.5000, top-1 87.50%" in text
+    assert "images/s" in text
+    assert "left" in text
+    assert "5/10" in text
+    assert text.count("\n") == 1  # the bar itself takes no lines
+
+
+def test_lines_can_be_written_without_a_terminal():
+    stream = io.StringIO()
+    shown = epoch(stream)
+    shown.write("checkpoint saved")
+    shown.close()
+    assert stream.getvalue() == "checkpoint saved\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_other_processes_stay_silent(stream, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    shown = epoch(stream, every=0)
+    shown.update(110, {"loss": 1.0})
+    shown.write("checkpoint saved")
+    shown.close()
+    assert stream.getvalue() == ""

@@ -1,0 +1,148 @@
+import json
+import math
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from dpa_jax.training.record import Recorder, plot_curves
+
+CONFIG = ConfigDict(
+    {"model": "vit", "data": {"name": "digits", "mean": (0.5, 0.25)}, "seed": 0, "clip": None}
+)
+
+
+def record(epoch, **more):
+    losses = {"train_loss": 2.0 / epoch, "eval_loss": 2.2 / epoch, "train_top1": 1 - 0.5 / epoch}
+    return {"epoch": epoch, "step": 10 * epoch, "lr": 1e-3, "eval_top1": 1 - 0.6 / epoch, **losses, **more}
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+    """All TensorBoard events of a run; in a file each is [8-byte length, 4-byte CRC, event, 4-byte CRC]."""
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            yield Event.FromString(data[at + 12 : at + 12 + size])
+            at += 12 + size + 4
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+def run(workdir, epochs, start=0):
+    recorder = Recorder(workdir, CONFIG, start)
+    for epoch in epochs:
+        recorder.write(record(epoch))
+    recorder.close()
+    return recorder
+
+
+def test_writes_lines_scalars_configuration_and_picture(tmp_path):
+    recorder = Recorder(tmp_path / "run", CONFIG, 0)
+    recorder.write({"step": np.int64(10), "epoch": 1, "eval_top1": jnp.float32(0.5), "train_loss": 1 / 3})
+    # each line is on the disk when write returns, not at the end
+    assert lines(tmp_path / "run") == [{"step": 10, "epoch": 1, "eval_top1": 0.5, "train_loss": 1 / 3}]
+    assert recorder.history == lines(tmp_path / "run")
+    recorder.close()
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {
+        "model": "vit", "data": {"name": "digits", "mean": [0.5, 0.25]}, "seed": 0, "clip": None
+    }  # fmt: skip
+    values = {v.tag: (e.step, v.simple_value) for e in events(tmp_path / "run") for v in e.summary.value}
+    assert values == {"epoch": (10, 1.0), "eval_top1": (10, 0.5), "train_loss": (10, np.float32(1 / 3))}
+    assert pixels(tmp_path / "run" / "curves.png").shape[1] > 600
+
+
+def test_continuing_drops_what_came_after_the_checkpoint(tmp_path):
+    run(tmp_path, [1, 2, 3])
+    recorder = Recorder(tmp_path, CONFIG, 20)
+    assert [r["epoch"] for r in recorder.history] == [1, 2]
+    assert lines(tmp_path) == recorder.history
+    recorder.write(record(3, note="again"))
+    recorder.close()
+    assert [(r["epoch"], r.get("note")) for r in lines(tmp_path)] == [(1, None), (2, None), (3, "again")]
+    starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
+    assert starts == [1, 21]  # TensorBoard hides the first run's events from step 21 on
+    shown = [e.step for e in events(tmp_path) for v in e.summary.value if v.tag == "eval_loss"]
+    assert shown == [10, 20, 30, 30]
+
+
+def test_a_continued_run_has_the_same_lines_as_one_that_never_stopped(tmp_path):
+    run(tmp_path / "whole", [1, 2, 3, 4])
+    run(tmp_path / "killed", [1, 2, 3])
+    run(tmp_path / "killed", [3, 4], start=20)
+    whole = (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("cut", [1, 20, -1])
+def test_a_line_cut_by_a_kill_is_taken_away(tmp_path, cut):
+    run(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second[:cut])  # -1: all of it but the newline
+    recorder = Recorder(tmp_path, CONFIG, 20)
+    assert path.read_text() == first
+    recorder.write(record(2))
+    recorder.close()
+    assert path.read_text() == first + second
+
+
+def test_a_spoiled_line_in_the_middle_is_warned_of(tmp_path):
+    run(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"epoch": 1', '"epoch: 1'))
+    with pytest.warns(RuntimeWarning, match="line 1 is no record"):
+        recorder = Recorder(tmp_path, CONFIG, 20)
+    assert [r["epoch"] for r in recorder.history] == [2]
+    recorder.close()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    recorder = Recorder(tmp_path, CONFIG, 0)
+    recorder.write(record(1, eval_f1=math.nan, loss_channel=np.float32("inf")))
+    recorder.close()
+    assert lines(tmp_path)[0]["eval_f1"] is None
+    assert lines(tmp_path)[0]["loss_channel"] is None
+
+
+def test_a_record_without_a_step_is_refused(tmp_path):
+    recorder = Recorder(tmp_path, CONFIG, 0)
+    with pytest.raises(ValueError, match=r"needs the step.*\['epoch'\]"):
+        recorder.write({"epoch": 1})
+    recorder.close()
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    recorder = run(tmp_path / "run", [1])
+    assert [r["epoch"] for r in recorder.history] == [1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_have_a_panel_for_what_was_recorded(tmp_path):
+    short = [{k: v for k, v in record(e).items() if k != "lr"} for e in (1, 2, 3)]
+    plot_curves(short, tmp_path / "two.png")
+    plot_curves([r | {"lr": 0.1, "masked_fraction": 0.01} for r in short], tmp_path / "four.png")
+    plot_curves({"DPA": short, "GELU": short[:1]}, tmp_path / "runs.png")
+    two, four, runs = (pixels(tmp_path / f"{name}.png") for name in ("two", "four", "runs"))
+    height, width = two.shape
+    assert runs.shape == (height, width)
+    assert four.shape == (2 * height, width)
+    for row in np.array_split(four, 2):
+        for panel in np.array_split(row, 2, axis=1):
+            assert (panel < 128).any()  # something dark is drawn in each
+    assert (runs != two).any()
+    with pytest.raises(ValueError, match="no record with an epoch"):
+        plot_curves([], tmp_path / "none.png")
