@@ -50,7 +50,7 @@ class DPARecord:
     @staticmethod
     def summarize(records: list[DPARecord]) -> Summary:
         """The channel loss over all layers together: the mean of v^2 over all masked entries."""
-        channel = masked = Ratio(jnp.zeros(()), jnp.zeros(()))
+        channel = masked = Ratio.zero()
         for group in _stack_alike(records):
             mask = joint_mask(group)
             count = jnp.sum(mask, dtype=jnp.float32)

@@ -36,6 +36,11 @@ class Ratio:
     total: jax.Array
     count: jax.Array
 
+    @classmethod
+    def zero(cls) -> Ratio:
+        """Nothing over nothing."""
+        return cls(jnp.zeros(()), jnp.zeros(()))
+
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)
 

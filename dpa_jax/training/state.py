@@ -1,0 +1,94 @@
+"""Everything a run is made of, as one pytree."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from dpa_jax import models
+from dpa_jax.activations import activation
+from dpa_jax.activations.penalties import Ratio
+from dpa_jax.activations.registry import ACTIVATIONS
+
+
+@struct.dataclass
+class TrainState:
+    """A run after ``step`` training steps. A checkpoint holds this and nothing else.
+
+    Attributes:
+        step: int32 scalar. The position in the data follows from it.
+        params: the model's parameters, float32.
+        backward_memory: the collection whose gradient is its update; empty for models without.
+        model_state: every other collection of the model (forward memories, batch statistics, ...).
+        opt_state: the optimiser's.
+        metrics: {name: Ratio}, the training figures of the epoch under way.
+        key: uint32, the data of the run's random key; every step folds its number in.
+    """
+
+    step: jax.Array
+    params: Any
+    backward_memory: Any
+    model_state: dict[str, Any]
+    opt_state: optax.OptState
+    metrics: dict[str, Ratio]
+    key: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What ``model.apply`` takes."""
+        memory = {"backward_memory": self.backward_memory} if self.backward_memory else {}
+        return {"params": self.params, **memory, **self.model_state}
+
+
+def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.Module:
+    """The configured model with the configured mechanism in it.
+
+    Args:
+        config: a run's configuration.
+        num_classes: K of the data set.
+        in_channels: of its images.
+
+    Raises:
+        ValueError: for names and options that do not exist.
+    """
+    options = dict(config.mechanism_options)
+    if config.mechanism in ACTIVATIONS:
+        takes = inspect.signature(ACTIVATIONS[config.mechanism]).parameters
+        if unknown := sorted(options.keys() - takes):
+            raise ValueError(f"config.mechanism_options: {config.mechanism!r} has no option {unknown[0]!r}")
+        if "num_classes" in takes:
+            options["num_classes"] = num_classes
+    return models.create(
+        config.model,
+        num_classes,
+        activation=activation(config.mechanism, **options),
+        in_channels=in_channels,
+        dtype=jnp.dtype(config.precision),
+        **config.model_options,
+    )
+
+
+def create_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, metric_names: tuple[str, ...], seed: int
+) -> TrainState:
+    """The state before the first step; a function of the seed alone."""
+    key = jax.random.key(seed)
+    init_key, run_key = jax.random.split(key)
+    variables = dict(model.init(init_key, jnp.zeros((1, *model.image_shape))))
+    params = variables.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        backward_memory=variables.pop("backward_memory", {}),
+        model_state=variables,
+        opt_state=optimizer.init(params),
+        metrics={name: Ratio.zero() for name in metric_names},
+        key=jax.random.key_data(run_key),
+    )

@@ -1,0 +1,141 @@
+"""One training step and one evaluation step: pure functions, compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from dpa_jax.activations import MUTABLE, Summary, summarize
+from dpa_jax.activations.penalties import RECORDS, Ratio
+from dpa_jax.data.pipeline import Batch
+from dpa_jax.training.metrics import Classification, cross_entropy
+from dpa_jax.training.state import TrainState
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    transform: Callable[[jax.Array, Batch], jax.Array],
+    coefficients: Mapping[str, float],
+    label_smoothing: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step of a model.
+
+    Args:
+        model: ``apply(variables, images, labels, train=...)`` gives logits [B, K].
+        optimizer: the gradient transformation of the parameters.
+        transform: (key, batch) to normalised, augmented images [B, H, W, C].
+        coefficients: {penalty: its weight in the loss}.
+        label_smoothing: in [0, 1).
+
+    Returns:
+        (state, batch) -> (state, metrics), the metrics a dict of float32 scalars: ``loss``, each of its terms
+        as ``loss_NAME``, ``top1``, ``gradient_norm`` before clipping and, where a mechanism masks, ``masked_fraction``.
+    """
+
+    def train_step(state: TrainState, batch: Batch):
+        base_key = jax.random.wrap_key_data(state.key)
+        augment_key, dropout_key = jax.random.split(base_key)
+        images = transform(augment_key, batch)
+        dropout_key = jax.random.fold_in(dropout_key, state.step)
+
+        def loss_fn(params, backward_memory):
+            logits, mutated = model.apply(
+                state.replace(params=params, backward_memory=backward_memory).variables,
+                images,
+                batch.labels,
+                train=True,
+                mutable=[*MUTABLE, *state.model_state],
+                rngs={"dropout": dropout_key},
+            )
+            summary = summarize(mutated)
+            total, count = cross_entropy(logits, batch.labels, label_smoothing)
+            terms = {"cross_entropy": total / jnp.maximum(count, 1.0), **summary.penalties()}
+            loss = sum(_coefficient(coefficients, name) * term for name, term in terms.items())
+            return loss, (terms, summary, logits, mutated)
+
+        gradients_of = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, aux), (gradients, memory_update) = gradients_of(state.params, state.backward_memory)
+        terms, summary, logits, mutated = aux
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+
+        metrics = {
+            "loss": loss,
+            **{f"loss_{name}": term for name, term in terms.items()},
+            "top1": _top1(logits, batch.labels),
+            "gradient_norm": optax.global_norm(gradients),
+            **({} if summary.masked is None else {"masked_fraction": summary.masked.value()}),
+        }
+        return state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            backward_memory=optax.apply_updates(state.backward_memory, memory_update),
+            model_state={name: mutated.get(name, old) for name, old in state.model_state.items()},
+            opt_state=opt_state,
+            metrics={name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()},
+        ), metrics
+
+    return train_step
+
+
+@struct.dataclass
+class Evaluation:
+    """Sums over an evaluation, batch by batch; padded samples (label -1) count nowhere.
+
+    Attributes:
+        classification: top-1, top-5, and per-class counts.
+        terms: {term of the loss: Ratio}.
+    """
+
+    classification: Classification
+    terms: dict[str, Ratio]
+
+    def compute(self, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
+        """Figures of the whole split: ``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision``, ``f1``."""
+        terms = {name: ratio.value() for name, ratio in self.terms.items()}
+        loss = sum(_coefficient(coefficients, name) * term for name, term in terms.items())
+        named = {f"loss_{name}": term for name, term in terms.items()}
+        return {"loss": loss, **named, **self.classification.compute()}
+
+
+def make_eval_step(
+    model: nn.Module, transform: Callable[[jax.Array], jax.Array]
+) -> Callable[[dict[str, Any], Batch], Evaluation]:
+    """The evaluation of one batch.
+
+    Args:
+        model: as for `make_train_step`.
+        transform: uint8 images to normalised ones [B, H, W, C].
+
+    Returns:
+        (variables, batch) -> Evaluation; add up those of a split's batches with ``jax.tree.map(jnp.add, ...)``.
+    """
+
+    def eval_step(variables: dict[str, Any], batch: Batch) -> Evaluation:
+        logits, mutated = model.apply(variables, transform(batch.images), batch.labels, mutable=[RECORDS])
+        summary: Summary = summarize(mutated)
+        classification = Classification.empty(logits.shape[-1]).update(logits, batch.labels)
+        return Evaluation(
+            classification, {"cross_entropy": Ratio(*cross_entropy(logits, batch.labels)), **summary.terms}
+        )
+
+    return eval_step
+
+
+def _top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0)
+    return jnp.sum(correct, dtype=jnp.float32) / jnp.maximum(jnp.sum(labels >= 0, dtype=jnp.float32), 1.0)
+
+
+def _coefficient(coefficients: Mapping[str, float], name: str) -> float:
+    if name == "cross_entropy":
+        return 1.0
+    if name not in coefficients:
+        raise ValueError(f"config.coefficients has no entry for the penalty {name!r}")
+    return coefficients[name]
