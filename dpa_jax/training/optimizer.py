@@ -86,12 +86,12 @@ def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTran
     momentum = optax.trace(options.momentum) if options.momentum else optax.identity()
     directions = {
         "adamw": lambda: [
-            optax.scale_by_adam(options.beta1, options.beta2, options.eps),
+            scale_by_adam(options.beta1, options.beta2, options.eps),
             optax.add_decayed_weights(options.weight_decay),
         ],
         "adam": lambda: [
             optax.add_decayed_weights(options.weight_decay),
-            optax.scale_by_adam(options.beta1, options.beta2, options.eps),
+            scale_by_adam(options.beta1, options.beta2, options.eps),
         ],
         "sgd": lambda: [optax.add_decayed_weights(options.weight_decay), momentum],
         # Not optax.rmsprop: its momentum gathers updates already scaled by the rate, PyTorch's does not.
@@ -104,3 +104,35 @@ def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTran
     check_choice("make_optimizer", "optimizer.name", options.name, directions)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, *directions[options.name](), optax.scale_by_learning_rate(schedule))
+
+
+def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's direction (Kingma and Ba, 2015, Algorithm 1), with the state of ``optax.scale_by_adam``.
+
+    Optax takes ``1 - beta ** t`` in float32, where 0.999 is off by 1e-8: a relative error of 1e-5 in the first
+    updates, which grows over a run until losses differ from the papers' programs in the fifth digit.
+
+    Args:
+        beta1: decay of the running mean of gradients.
+        beta2: decay of the running mean of squared gradients.
+        eps: added to the root of the latter.
+    """
+
+    def correction(beta: float, count: jax.Array) -> jax.Array:
+        """1 - beta ** count, from a logarithm in double precision."""
+        return -jnp.expm1(count.astype(jnp.float32) * math.log(beta)) if beta else jnp.ones(())
+
+    def init(params):
+        zeros = optax.tree.zeros_like
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu=zeros(params), nu=zeros(params))
+
+    def update(gradients, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(gradients, state.mu, beta1, 1)
+        nu = optax.tree.update_moment(gradients, state.nu, beta2, 2)
+        unbias1, unbias2 = correction(beta1, count), correction(beta2, count)
+        directions = jax.tree.map(lambda m, v: (m / unbias1) / (jnp.sqrt(v / unbias2) + eps), mu, nu)
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
