@@ -215,8 +215,7 @@ class _Unpickler(pickle.Unpickler):
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # the name as of NumPy 1
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy", "ndarray"): np.ndarray,
-        # NumPy 1 wrote the flags as integers, which newer releases warn of.
-        ("numpy", "dtype"): lambda kind, align, copy: np.dtype(kind, bool(align), bool(copy)),
+        ("numpy", "dtype"): np.dtype,
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -250,10 +249,9 @@ def _read_prepared(folder: pathlib.Path) -> tuple[Arrays, Arrays, tuple[str, ...
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
-    wanted = tfds.decode.PartialDecoding({"image": True, "label": True})
 
     def split(name: str) -> Arrays:
-        source = builder.as_data_source(split=name, decoders=wanted)
+        source = builder.as_data_source(split=name)
         images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
         labels = np.empty(len(source), np.int32)
         for i, example in enumerate(source):

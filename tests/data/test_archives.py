@@ -1,0 +1,346 @@
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+
+from dpa_jax.data import archives
+
+RANDOM = np.random.default_rng(0)
+
+
+def old_pickle(content: dict) -> bytes:
+    """What Python 2 and NumPy 1 wrote, in which CIFAR is published: the old module name, flags as integers."""
+    new = pickle.dumps(content, protocol=3)
+    old = new.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    old = old.replace(b"\x89\x88\x87", b"K\x00K\x01\x87")
+    assert b"numpy" not in new or (b"_core" not in old and b"\x89\x88" not in old)
+    return old
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+def batch(examples: int) -> dict:
+    return {
+        b"data": RANDOM.integers(0, 256, (examples, 3072), np.uint8),
+        b"fine_labels": RANDOM.integers(0, 3, examples).tolist(),
+    }
+
+
+BATCHES = {"train_1": batch(4), "train_2": batch(3), "test": batch(2)}
+FILES = {
+    **{name: old_pickle(content) for name, content in BATCHES.items()},
+    "meta": old_pickle({b"fine_label_names": [b"ant", b"bee", b"cat"]}),
+}
+
+
+def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as packed:
+        for name, content in members.items():
+            if isinstance(content, bytes):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                packed.addfile(info, io.BytesIO(content))
+            else:
+                packed.addfile(content)
+    return file.getvalue()
+
+
+GOOD = {f"small-python/{name}": content for name, content in FILES.items()}
+
+
+def published(folder: pathlib.Path, members: dict = GOOD, files: dict[str, bytes] = FILES) -> archives.Archive:
+    """Publishes an archive under a file:// address."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "small-python.tar.gz"
+    path.write_bytes(tar(members))
+    sums = {name: md5(content) for name, content in files.items()}
+    return archives.Archive(
+        name="small",
+        url=path.as_uri(),
+        md5=md5(path.read_bytes()),
+        folder="small-python",
+        train={name: sums[name] for name in ("train_1", "train_2")},
+        test={"test": sums["test"]},
+        meta={"meta": sums["meta"]},
+        labels=b"fine_labels",
+        class_names=b"fine_label_names",
+    )
+
+
+def extracted(folder: pathlib.Path, files: dict[str, bytes] = FILES) -> pathlib.Path:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def check_content(loaded) -> None:
+    (train_images, train_labels), (test_images, test_labels), names = loaded
+    rows = np.concatenate([BATCHES["train_1"][b"data"], BATCHES["train_2"][b"data"]])
+    assert train_images.shape == (7, 32, 32, 3)
+    for channel in range(3):  # the file holds the whole red image, then the green, then the blue one, row by row
+        plane = rows[:, 1024 * channel : 1024 * (channel + 1)]
+        assert np.array_equal(train_images[..., channel].reshape(7, 1024), plane)
+    assert train_labels.tolist() == BATCHES["train_1"][b"fine_labels"] + BATCHES["train_2"][b"fine_labels"]
+    assert test_images.shape == (2, 32, 32, 3) and test_labels.tolist() == BATCHES["test"][b"fine_labels"]
+    assert train_labels.dtype == test_labels.dtype == np.int32 and train_images.dtype == np.uint8
+    assert names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("where", ["small-python", "root/small-python", "root/small/small-python"])
+def test_every_layout_of_the_folder_is_found(tmp_path, where):
+    archive = published(tmp_path / "elsewhere")
+    extracted(tmp_path / where)
+    given = tmp_path / where.split("/")[0]
+    check_content(archives.load(archive, str(given), download=False))
+
+
+@pytest.mark.parametrize("given", ["small-python.tar.gz", ".", ".."])
+def test_an_archive_is_found_and_extracted_beside_itself(tmp_path, given):
+    folder = tmp_path / "sets"
+    archive = published(folder)
+    check_content(archives.load(archive, str(folder / given), download=False))
+    assert sorted(path.name for path in folder.iterdir()) == ["small-python", "small-python.tar.gz"]
+
+
+def test_the_usual_places_are_looked_in(tmp_path, monkeypatch):
+    archive = published(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"home/tensorflow_datasets"):
+        archives.load(archive, "", download=False)
+    extracted(tmp_path / "home/data/small-python")
+    check_content(archives.load(archive, "", download=False))
+
+
+def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        archives.load(archives.CIFAR100, str(tmp_path), download=False)
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in message
+    command = "python train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=DIR"
+    assert command in message
+
+
+def test_download_is_checked_extracted_and_read(tmp_path):
+    archive = published(tmp_path / "server")
+    check_content(archives.load(archive, str(tmp_path / "new/folder"), download=True))
+    assert {path.name for path in (tmp_path / "new/folder").iterdir()} == {
+        "small-python",
+        "small-python.tar.gz",
+    }
+
+
+def test_a_download_with_another_sum_leaves_nothing(tmp_path):
+    archive = dataclasses.replace(published(tmp_path / "server"), md5="0" * 32)
+    with pytest.raises(ValueError, match="MD5") as error:
+        archives.load(archive, str(tmp_path / "goal"), download=True)
+    assert archive.url in str(error.value) and "0" * 32 in str(error.value)
+    assert list((tmp_path / "goal").iterdir()) == []
+
+
+def test_an_address_that_does_not_answer_is_named(tmp_path):
+    archive = dataclasses.replace(published(tmp_path), url=(tmp_path / "absent.tar.gz").as_uri())
+    with pytest.raises(OSError, match=r"absent\.tar\.gz.*by other means"):
+        archives.fetch(archive, tmp_path / "goal")
+    assert list((tmp_path / "goal").iterdir()) == []
+
+
+def test_an_archive_with_another_sum_is_refused(tmp_path):
+    archive = published(tmp_path)
+    path = tmp_path / "small-python.tar.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError) as error:
+        archives.load(archive, str(tmp_path), download=False)
+    message = str(error.value)
+    assert str(path) in message and archive.md5 in message and md5(path.read_bytes()) in message
+    assert not (tmp_path / "small-python").exists()
+
+
+def test_a_file_with_another_sum_is_refused(tmp_path):
+    archive = published(tmp_path / "elsewhere")
+    damaged = bytearray(FILES["train_2"])
+    damaged[len(damaged) // 2] ^= 1
+    extracted(tmp_path / "small-python", {**FILES, "train_2": bytes(damaged)})
+    with pytest.raises(ValueError) as error:
+        archives.load(archive, str(tmp_path), download=False)
+    message = str(error.value)
+    assert "small-python/train_2" in message
+    assert md5(damaged) in message and md5(FILES["train_2"]) in message
+
+
+def test_an_incomplete_folder_is_named_and_kept(tmp_path):
+    archive = published(tmp_path)
+    extracted(tmp_path / "small-python", {"train_1": FILES["train_1"]})
+    with pytest.raises(FileExistsError, match="lacks train_2"):
+        archives.load(archive, str(tmp_path), download=False)
+    assert [path.name for path in (tmp_path / "small-python").iterdir()] == ["train_1"]
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+HOSTILE = {
+    "parent": {"small-python/../../evil": b"x"},
+    "parent inside": {"small-python/a/../../small-python/evil": b"x"},
+    "absolute": {"/tmp/evil": b"x"},
+    "other folder": {"evil": b"x"},
+    "symlink": {"link": link("small-python/evil", "/etc/passwd", tarfile.SYMTYPE)},
+    "hard link": {"link": link("small-python/evil", "small-python/meta", tarfile.LNKTYPE)},
+    "device": {"pipe": link("small-python/evil", "", tarfile.FIFOTYPE)},
+}
+
+
+@pytest.mark.parametrize("members", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_archives_are_refused_and_leave_nothing(tmp_path, members):
+    archive = published(tmp_path / "in", {**GOOD, **members})
+    with pytest.raises(ValueError, match="evil"):
+        archives.load(archive, str(tmp_path / "in"), download=False)
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "in",
+        "in/small-python.tar.gz",
+    ]
+
+
+def test_an_extraction_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
+    archive = published(tmp_path)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "copyfileobj", full)
+        with pytest.raises(OSError, match="No space"):
+            archives.load(archive, str(tmp_path), download=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["small-python.tar.gz"]
+    check_content(archives.load(archive, str(tmp_path), download=False))
+
+
+def test_two_processes_may_extract_at_once(tmp_path, monkeypatch):
+    archive = published(tmp_path)
+    rename = os.rename
+
+    def late(source, goal):
+        extracted(goal)  # the other one finishes just before
+        rename(source, goal)
+
+    monkeypatch.setattr(os, "rename", late)
+    check_content(archives.load(archive, str(tmp_path), download=False))
+
+
+class Command:
+    def __init__(self, mark: pathlib.Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_pickle_with_a_command_is_refused(tmp_path):
+    evil = pickle.dumps({b"fine_label_names": [Command(tmp_path / "mark")]})
+    files = {**FILES, "meta": evil}
+    archive = published(tmp_path / "elsewhere", files=files)
+    extracted(tmp_path / "small-python", files)
+    with pytest.raises(pickle.UnpicklingError, match=r"(posix|nt)\.system"):
+        archives.load(archive, str(tmp_path), download=False)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "numpy.load", "numpy.memmap", "codecs.open"])
+def test_other_globals_are_refused(tmp_path, name):
+    module, attribute = name.rsplit(".", 1)
+    path = tmp_path / "file"
+    path.write_bytes(f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(pickle.UnpicklingError, match=name):
+        archives.read_pickle(path, md5(path.read_bytes()))
+
+
+def test_new_pickles_are_read_too(tmp_path):
+    path = tmp_path / "file"
+    for protocol in (3, 4):
+        path.write_bytes(pickle.dumps(BATCHES["test"], protocol=protocol))
+        read = archives.read_pickle(path, md5(path.read_bytes()))
+        assert np.array_equal(read[b"data"], BATCHES["test"][b"data"])
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A folder as TFDS prepares it, in array_record format, with its random images."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder = tmp_path / "small/3.0.2"
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(32, 32, 3)),
+            "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"]),
+        }
+    )
+    content, splits = {}, []
+    for name, examples in (("train", 5), ("test", 3)):
+        content[name] = RANDOM.integers(0, 256, (examples, 32, 32, 3), np.uint8), np.arange(examples) % 3
+        path = folder / f"small-{name}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for image, label in zip(*content[name], strict=True):
+            writer.write(features.serialize_example({"image": png(image), "label": int(label)}))
+        writer.close()
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="small", split=name, filetype_suffix="array_record"
+        )
+        splits.append(
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[examples],
+                num_bytes=path.stat().st_size,
+                filename_template=template,
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=splits, check_data=False
+    )
+    return folder, content
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("up", [0, 2])
+def test_a_folder_prepared_by_tfds_is_read(tmp_path, prepared, up):
+    folder, content = prepared
+    given = [folder, *folder.parents][up]
+    train, test, names = archives.load(published(tmp_path / "a/b/c"), str(given), download=False)
+    for read, expected in ((train, content["train"]), (test, content["test"])):
+        assert np.array_equal(read[0], expected[0]) and read[0].dtype == np.uint8
+        assert np.array_equal(read[1], expected[1]) and read[1].dtype == np.int32
+    assert names == ("ant", "bee", "cat")
+
+
+def test_a_prepared_folder_of_another_set_or_format_is_not_taken(tmp_path, prepared):
+    folder, _ = prepared
+    archive = published(tmp_path / "a/b/c")
+    with pytest.raises(FileNotFoundError):
+        archives.load(dataclasses.replace(archive, name="large"), str(folder), download=False)
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(FileNotFoundError, match="array_record"):
+        archives.load(archive, str(folder), download=False)
