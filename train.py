@@ -4,13 +4,18 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(pathlib.Path(__file__).parent / "configs" / "digits_vit.py"), "The configuration file."
+    "config",
+    str(pathlib.Path(__file__).parent / "configs" / "digits_vit.py"),
+    "The configuration file.",
+    # The configuration's own lock refuses unknown keys, but where any key is meant to be possible.
+    lock_config=False,
+    accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME of the configuration where not given.")
 _EVAL = flags.DEFINE_bool("eval", False, "Evaluate the run's best and newest checkpoints, train nothing.")
@@ -20,6 +25,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     config = _CONFIG.value

@@ -8,7 +8,6 @@ into the list.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -198,17 +197,18 @@ def _random_box(
     """Draws top, left, height, width: int32 [4]."""
     height, width = shape
     tries = 10
-    area_key, ratio_key, place_key = jax.random.split(key, 3)
-    area = height * width * jax.random.uniform(area_key, (tries,), minval=scale[0], maxval=scale[1])
-    log_ratio = jax.random.uniform(ratio_key, (tries,), minval=math.log(ratio[0]), maxval=math.log(ratio[1]))
-    widths = jnp.round(jnp.sqrt(area * jnp.exp(log_ratio))).astype(jnp.int32)
-    heights = jnp.round(jnp.sqrt(area / jnp.exp(log_ratio))).astype(jnp.int32)
+    # One draw for everything: random bits are most of what this costs to compile and to run.
+    draws = jax.random.uniform(key, (2 * tries + 2,))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:tries])
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[tries : 2 * tries]
+    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = jnp.argmax(fits)
     box_height = jnp.where(fits[first], heights[first], min(height, round(width / ratio[0])))
     box_width = jnp.where(fits[first], widths[first], min(width, round(height * ratio[1])))
     room = jnp.stack([height - box_height, width - box_width])
-    anywhere = jax.random.randint(place_key, (2,), 0, room + 1)
+    anywhere = jnp.floor(draws[-2:] * (room + 1).astype(jnp.float32)).astype(jnp.int32)
     corner = jnp.where(fits[first], anywhere, room // 2)
     return jnp.concatenate([corner, jnp.stack([box_height, box_width])])
 

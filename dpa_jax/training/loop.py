@@ -155,6 +155,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
     program = build(config)
     steps_at = program.train_feed.sampler.steps
     total_steps = steps_at(config.epochs)
+
+    def show_epoch(epoch: int, step: int) -> Progress:
+        return Progress(
+            epoch,
+            config.epochs,
+            first_step=step,
+            last_step=steps_at(epoch),
+            batch_size=config.batch_size,
+            every=config.log_every_seconds,
+        )
+
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         preemption = stack.enter_context(Preemption())
@@ -162,13 +173,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(program.abstract_state) or (0, program.init())
         recorder = stack.enter_context(contextlib.closing(Recorder(workdir, config, start)))
-        progress = stack.enter_context(
-            contextlib.closing(Progress(config.epochs, config.batch_size, every=config.log_every_seconds))
-        )
+        epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
+        progress = stack.enter_context(contextlib.closing(show_epoch(epoch, start)))
         if start:
             progress.write(f"continuing after step {start} of {total_steps} in {workdir}")
-        epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
-        progress.begin(epoch, start, steps_at(epoch))
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
@@ -196,15 +204,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
                     "epoch": epoch,
                     "step": step,
                     "lr": float(program.schedule(step - 1)),
-                    **{_train_name(name): float(ratio.value()) for name, ratio in state.metrics.items()},
+                    **_train_figures(state),
                     **evaluation,
                     "images_per_second": progress.images_per_second,
                 }
                 # Before the save: a line whose checkpoint never came is taken back, a missing line would stay missing.
                 recorder.write(record)
-                progress.end(record)
+                progress.close()
+                progress.write(_line(record, config.epochs))
                 state = program.clear_metrics(state)
-                epoch += 1
 
             # ---------------- Save ----------------
             if save:
@@ -214,7 +222,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
                 progress.write(f"SIGTERM: saved step {step} of {total_steps}; start again in {workdir} to continue")
                 raise Preempted(128 + signal.SIGTERM)
             if epoch_ends and step < total_steps:
-                progress.begin(epoch, step, steps_at(epoch))
+                epoch += 1
+                progress = stack.enter_context(contextlib.closing(show_epoch(epoch, step)))
         return recorder.history[-1]
 
 
@@ -263,5 +272,14 @@ def _finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> M
     return figures
 
 
-def _train_name(metric: str) -> str:
-    return f"train_{metric}" if metric in ("loss", "top1") else metric
+def _train_figures(state: TrainState) -> dict[str, float]:
+    """The averages of the epoch: ``train_loss`` and ``train_top1`` first, then the rest under their own names."""
+    figures = {name: float(ratio.value()) for name, ratio in jax.device_get(state.metrics).items()}
+    return {"train_loss": figures.pop("loss"), "train_top1": figures.pop("top1"), **figures}
+
+
+def _line(record: Mapping[str, float], epochs: int) -> str:
+    parts = [f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}, top-1 {record['train_top1']:.2%}"]
+    if "eval_loss" in record:
+        parts.append(f"held out: loss {record['eval_loss']:.4f}, top-1 {record['eval_top1']:.2%}")
+    return " | ".join([*parts, f"{record['images_per_second']:,.0f} images/s"])

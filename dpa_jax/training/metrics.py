@@ -1,7 +1,6 @@
 """Sums and counts that are added up on the device, and the figures they come to.
 
-Both accumulators are pytrees: they live in the train state, are added to inside jit, and stay exact over a
-batch that is sharded or padded.
+The counts are a pytree: they are added to inside jit, and stay exact over a batch that is sharded or padded.
 """
 
 from __future__ import annotations
@@ -10,39 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-
-
-@struct.dataclass
-class Average:
-    """A weighted mean under way.
-
-    Attributes:
-        total: float32, any shape.
-        count: float32, of the same shape.
-    """
-
-    total: jax.Array
-    count: jax.Array
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...] = ()) -> Average:
-        """Nothing added yet."""
-        return cls(total=jnp.zeros(shape), count=jnp.zeros(shape))
-
-    def add(self, total: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> Average:
-        """With a sum of values, and how many they are, added."""
-        return Average(
-            total=self.total + jnp.asarray(total, jnp.float32),
-            count=self.count + jnp.asarray(count, jnp.float32),
-        )
-
-    def merge(self, other: Average) -> Average:
-        """With all that another one has."""
-        return self.add(other.total, other.count)
-
-    def compute(self) -> jax.Array:
-        """The mean, float32; 0 where nothing was counted."""
-        return _ratio(self.total, self.count)
 
 
 @struct.dataclass
@@ -96,10 +62,6 @@ class Classification:
             false_positives=self.false_positives + _count(~actual & taken, axis=0),
             false_negatives=self.false_negatives + _count(actual & ~taken, axis=0),
         )
-
-    def merge(self, other: Classification) -> Classification:
-        """With all that another one has."""
-        return jax.tree.map(jnp.add, self, other)
 
     def compute(self) -> dict[str, jax.Array]:
         """The figures, as fractions in 0..1, float32 scalars.

@@ -45,6 +45,8 @@ class Progress:
         self._first, self._step, self._last = first_step, first_step, last_step
         self._batch_size, self._every = batch_size, every
         self._begin = self._shown = time.monotonic()
+        self._compiled: tuple[int, float] | None = None  # step and time of the first update
+        self.images_per_second = 0.0
         self._silent = jax.process_index() != 0
         self._bar: tqdm | None = None
         if not self._silent and self._stream.isatty():
@@ -66,11 +68,15 @@ class Progress:
             metrics: `loss` and `top1` (a fraction) where known; other names are not shown.
         """
         done, self._step = step - self._step, step
+        now = time.monotonic()
+        since, begin = self._compiled or (self._first, self._begin)
+        rate = (step - since) / max(now - begin, 1e-9)  # steps a second
+        self.images_per_second = rate * self._batch_size
+        # The first step of a run waits for the compiler: speed is measured from its end on.
+        self._compiled = self._compiled or (step, now)
         if self._silent:
             return
-        now = time.monotonic()
-        rate = (step - self._first) / max(now - self._begin, 1e-9)  # steps a second
-        figures = _figures(metrics, rate * self._batch_size)
+        figures = _figures(metrics, self.images_per_second)
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(done)

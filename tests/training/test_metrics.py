@@ -5,18 +5,7 @@ import pytest
 import sklearn.metrics
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpa_jax.training.metrics import Average, Classification, cross_entropy
-
-
-def test_average_is_weighted_by_counts():
-    average = jax.jit(lambda a: a.add(6.0, 3).add(1, 1).merge(a.add(5, 2)))(Average.empty())
-    assert average.compute() == 2.0
-    assert average.total.dtype == average.count.dtype == jnp.float32
-
-
-def test_average_of_nothing_is_zero_in_each_place():
-    average = Average.empty((2,)).add(jnp.array([3.0, 0.0]), jnp.array([2, 0]))
-    assert average.compute().tolist() == [1.5, 0.0]
+from dpa_jax.training.metrics import Classification, cross_entropy
 
 
 def predictions(num_classes, size, seed, classes=None):
@@ -80,15 +69,9 @@ def test_counts_do_not_depend_on_the_split_over_devices_or_batches():
         Classification.empty(10), jax.device_put(logits, sharding), jax.device_put(labels, sharding)
     )
     first = Classification.empty(10).update(logits[:24], labels[:24])
-    merged = Classification.empty(10).update(logits[24:], labels[24:]).merge(first)
+    merged = first.update(logits[24:], labels[24:])
     for other in (sharded, merged):
         jax.tree.map(np.testing.assert_array_equal, whole, other)
-
-
-def test_empty_accumulators_can_be_donated():
-    state = Classification.empty(3), Average.empty(), Average.empty((2,))
-    state = jax.jit(lambda s: s, donate_argnums=0)(state)
-    assert state[0].count == 0
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

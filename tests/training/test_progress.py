@@ -44,6 +44,15 @@ def test_images_per_second_and_time_left_after_a_resume_count_from_the_resume(cl
     assert stream.getvalue() == "epoch 1/1, step 100/110: 40 images/s, 00:25 left\n"
 
 
+def test_images_per_second_leave_the_compiler_out(monkeypatch):
+    ticks = iter([0.0, 30.0, 32.0, 34.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(ticks))
+    shown = epoch(io.StringIO(), every=100)
+    for step in (101, 102, 103):
+        shown.update(step, {})
+    assert shown.images_per_second == 32.0
+
+
 def test_a_terminal_gets_a_bar_and_lines_above_it():
     stream = Terminal()
     shown = epoch(stream)
