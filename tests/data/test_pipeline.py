@@ -52,7 +52,7 @@ def test_a_step_needs_no_steps_before_it():
 
 
 def test_the_order_is_for_ever():
-    """A resumed run must meet the order that it was begun with: change these numbers only with a new version."""
+    """A resumed run must meet the order it was begun with: other numbers here would break that."""
     assert Sampler(10, 10, seed=0).indices(0)[0].tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
     assert Sampler(10, 10, seed=7).indices(3)[0].tolist() == [2, 5, 9, 7, 3, 0, 6, 8, 4, 1]
 
