@@ -69,7 +69,7 @@ def make_train_step(
             "loss": loss,
             **{f"loss_{name}": term for name, term in terms.items()},
             "top1": _top1(logits, batch.labels),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             **({} if summary.masked is None else {"masked_fraction": summary.masked.value()}),
         }
         return state.replace(

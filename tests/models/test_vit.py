@@ -1,0 +1,286 @@
+"""ViT against the authors' program, its sizes, its initialisation and its options."""
+
+import functools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpa_jax
+from dpa_jax.data.pipeline import Batch
+from dpa_jax.training.config import default_config
+from dpa_jax.training.optimizer import make_optimizer
+from dpa_jax.training.state import create_model, create_state
+from dpa_jax.training.step import make_eval_step, make_train_step
+
+
+def small(**options):
+    sizes = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
+    return dpa_jax.models.create("vit", 5, **{**sizes, **options})
+
+
+# ---------------- the authors' program ----------------
+
+
+def run_config(recorded):
+    """The recording's configuration as a run's."""
+    config = default_config()
+    config.mechanism = recorded["mechanism"]
+    config.coefficients = dict(zip(recorded["loss_names"][1:], recorded["coefs"], strict=True))
+    config.model_options = {
+        "image_size": recorded["img_size"],
+        **{name: recorded[name] for name in ("patch_size", "embed_dim", "depth", "num_heads")},
+        "mlp_ratio": float(recorded["mlp_ratio"]),
+    }
+    config.clip_norm = recorded["clip_max_norm"]
+    config.optimizer.update(name=recorded["optimizer"], eps=recorded["eps"], weight_decay=recorded["weight_decay"])
+    config.optimizer.beta1, config.optimizer.beta2 = recorded["betas"]
+    return config
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("mechanism", ["dpa"])
+def test_training_follows_the_authors_program(golden, mechanism):
+    """The project's own step, optimiser and model, from the recorded start, over the recorded batches."""
+    arrays = golden(f"vit_{mechanism}")
+    recorded = json.loads(str(arrays["config"]))
+    config = run_config(recorded)
+    model = create_model(config, recorded["num_classes"], in_channels=3)
+    optimizer = make_optimizer(config, lambda step: recorded["lr"])
+    state = create_state(model, optimizer, (), seed=0)
+    init = {name.removeprefix("init/"): arrays[name] for name in arrays if name.startswith("init/")}
+    params = dpa_jax.models.params_from_torch(model, init)
+    state = state.replace(params=params, opt_state=optimizer.init(params))
+
+    images = np.moveaxis(arrays["images_nchw"], 2, -1)
+    step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.images, config.coefficients))
+    names = [{"ce": "cross_entropy"}.get(name, name) for name in recorded["loss_names"]]
+    for t in range(recorded["steps"]):
+        nothing = np.zeros(images.shape[1], np.int32)
+        state, metrics = step(state, Batch(images[t], arrays["labels"][t].astype(np.int32), nothing, nothing))
+        close = functools.partial(np.testing.assert_allclose, rtol=5e-5, atol=0, err_msg=f"step {t}")
+        close([metrics[f"loss_{name}"] for name in names], arrays["losses"][t])
+        close(metrics["gradient_norm"], arrays["grad_norm"][t])
+
+    def close(actual, desired):
+        np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4)
+
+    for i in range(recorded["depth"]):
+        place = f"block{i}", "mlp", "activation"
+        for side, collection in (("forward", state.model_state["forward_memory"]), ("backward", state.backward_memory)):
+            close(functools.reduce(dict.get, place, collection)["mean"], arrays[f"memory/{i}/{side}"])
+    final = {name.removeprefix("final/"): arrays[name] for name in arrays if name.startswith("final/")}
+    jax.tree.map(close, state.params, dpa_jax.models.params_from_torch(model, final))
+    close(model.apply(state.variables, images[-1]), arrays["eval_logits"])
+
+
+def test_first_gradients_are_the_authors(golden):
+    arrays = golden("vit_dpa")
+    recorded = json.loads(str(arrays["config"]))
+    model = create_model(run_config(recorded), recorded["num_classes"], in_channels=3)
+    start, expected = (
+        dpa_jax.models.params_from_torch(
+            model, {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+        )
+        for prefix in ("init/", "grad0_clipped/")
+    )
+    images, labels = np.moveaxis(arrays["images_nchw"][0], 1, -1), arrays["labels"][0]
+
+    def loss_fn(params):  # the memories are empty: no penalty in the first step
+        logits = model.apply({"params": params}, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradients = jax.jit(jax.grad(loss_fn))(start)
+    clipped, _ = optax.clip_by_global_norm(recorded["clip_max_norm"]).update(gradients, optax.EmptyState())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), clipped, expected)
+
+
+# ---------------- sizes and initialisation ----------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        # 12 blocks of 444,864, a class token, positions, a patch embedding, a norm and a head at width 192.
+        ("vit_tiny_patch4_32", 100, 5_380_132),
+        ("vit_tiny_patch4_32", 10, 5_362_762),
+        ("vit_tiny_patch16_224", 1000, 5_717_416),
+    ],
+)
+def test_parameter_counts(name, num_classes, parameters):
+    model = dpa_jax.models.create(name, num_classes)
+    example = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+
+
+def test_initialisation():
+    model = dpa_jax.models.create("vit_tiny_patch4_32", 100, depth=2)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    patch = params.pop("patch_embed")
+    bound = (4 * 4 * 3) ** -0.5
+    for leaf in patch.values():
+        assert 0.95 * bound < np.abs(leaf).max() <= bound
+    np.testing.assert_allclose(np.std(patch["kernel"]), bound / 3**0.5, rtol=0.02)
+    assert 0 < np.abs(params.pop("class_token")).max() < 1e-5
+    np.testing.assert_allclose(np.std(params.pop("position_embedding")), 0.02, rtol=0.03)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        kind = path[-1].key
+        if kind == "kernel":
+            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.03)
+            assert np.abs(leaf).max() < 0.12
+        else:
+            assert (leaf == {"bias": 0, "scale": 1}[kind]).all()
+
+
+# ---------------- options ----------------
+
+
+def test_bfloat16_compute_keeps_float32_parameters_memories_and_logits():
+    factory = dpa_jax.activation("dpa", num_classes=5, update_interval=1)
+    model, reference = small(activation=factory, dtype=jnp.bfloat16), small(activation=factory)
+    images = jax.random.normal(jax.random.key(1), (6, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+    apply = functools.partial(model.apply, train=True, mutable=dpa_jax.MUTABLE)
+    logits, mutated = jax.jit(apply)(variables, images, jnp.arange(6) % 5)
+    assert logits.dtype == jnp.float32
+    floats = {leaf.dtype for leaf in jax.tree.leaves((variables, mutated["forward_memory"]))}
+    assert floats == {jnp.dtype("float32"), jnp.dtype("int32")}
+    exact = jax.jit(reference.apply)(variables, images)
+    np.testing.assert_allclose(logits, exact, atol=0.02)
+    assert not np.array_equal(logits, exact)
+
+
+def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
+    model = small(depth=2, stochastic_depth=0.5)
+    images = jax.random.normal(jax.random.key(1), (1, 8, 8, 3)).repeat(64, axis=0)
+    variables = model.init(jax.random.key(0), images)
+    # A branch that is dropped or doubled: four outcomes of the last block, and none in evaluation.
+    params = jax.tree.map(lambda leaf: 10 * leaf, variables["params"])
+    apply = jax.jit(functools.partial(model.apply, train=True))
+    logits = apply({"params": params}, images, rngs={"dropout": jax.random.key(2)})
+    assert len(np.unique(np.round(logits[:, 0], 3))) == 4
+    other = apply({"params": params}, images, rngs={"dropout": jax.random.key(3)})
+    assert not np.array_equal(logits, other)
+    still = jax.jit(model.apply)({"params": params}, images)
+    np.testing.assert_allclose(still, np.broadcast_to(still[:1], still.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_stochastic_depth_rises_linearly_from_zero(depth):
+    rates = []
+
+    class Probe(nn.Dropout):
+        def __call__(self, *args, **kwargs):
+            rates.append(self.rate)
+            return super().__call__(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn, "Dropout", Probe)
+        small(depth=depth, stochastic_depth=0.1, dropout=0.7).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    drop_path = [rate for rate in rates if rate != 0.7]
+    np.testing.assert_allclose(drop_path, np.repeat(np.linspace(0, 0.1, depth), 2))
+
+
+def test_dropout_is_for_training_only():
+    model = small(dropout=0.5)
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images)
+    apply = jax.jit(functools.partial(model.apply, train=True))
+    a, b = (apply(variables, images, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
+    assert not np.allclose(a, b)
+    np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, images))
+
+
+def test_activation_is_any_factory_of_modules():
+    images = jnp.ones((2, 8, 8, 3))
+    outputs = {}
+    for name in ("relu", "gelu", "dpa"):
+        options = {"num_classes": 5} if name == "dpa" else {}
+        model = small(activation=dpa_jax.activation(name, **options))
+        variables = model.init(jax.random.key(0), images)
+        outputs[name] = model.apply(variables, images)
+        assert ("forward_memory" in variables) == (name == "dpa")
+    np.testing.assert_array_equal(outputs["relu"], outputs["dpa"])  # tau = 0, no labels
+    assert not np.allclose(outputs["relu"], outputs["gelu"])
+
+
+def test_padded_samples_of_an_evaluation_change_nothing():
+    model = small(activation=dpa_jax.activation("dpa", num_classes=5, update_interval=1))
+    images = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+    labels = jnp.arange(8) % 5
+    variables = model.init(jax.random.key(0), images)
+    memory = jax.tree.map(lambda leaf: leaf - (leaf.dtype == jnp.float32), variables["forward_memory"])
+    backward = jax.tree.map(lambda leaf: leaf - 1, variables["backward_memory"])
+    variables = {**variables, "forward_memory": memory, "backward_memory": backward}
+    evaluate = jax.jit(make_eval_step(model, lambda images: images))
+    zeros = jnp.zeros(8, jnp.int32)
+    padded = evaluate(variables, Batch(images, jnp.where(jnp.arange(8) < 5, labels, -1), zeros, zeros))
+    few = evaluate(variables, Batch(images[:5], labels[:5], zeros[:5], zeros[:5]))
+    assert few.terms["channel"].count > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, few)
+
+
+# ---------------- bad input ----------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 3}, "patch_size 3 does not divide image_size 8"),
+        ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 12"),
+        ({"widht": 3}, "an option must be one of .*; got 'widht'"),
+        ({"embed_dims": 3}, "Did you mean 'embed_dim'"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_an_unknown_model_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'vit_tiny_patch4_32'"):
+        dpa_jax.models.create("vit_tiny_patch4", 10)
+
+
+def test_images_of_another_shape_are_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"images must be \[B, 8, 8, 3\]; got \(2, 16, 16, 3\)"):
+        small().init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)))
+
+
+def torch_arrays():
+    """Arrays under PyTorch names for `small()`, made from its shapes."""
+    block = {
+        "norm1.weight": (12,), "norm1.bias": (12,), "attn.qkv.weight": (36, 12), "attn.qkv.bias": (36,),
+        "attn.proj.weight": (12, 12), "attn.proj.bias": (12,), "norm2.weight": (12,), "norm2.bias": (12,),
+        "mlp.fc1.weight": (48, 12), "mlp.fc1.bias": (48,), "mlp.fc2.weight": (12, 48), "mlp.fc2.bias": (12,),
+    }  # fmt: skip
+    shapes = {
+        "cls_token": (1, 1, 12),
+        "pos_embed": (1, 5, 12),
+        "patch_embed.proj.weight": (12, 3, 4, 4),
+        "patch_embed.proj.bias": (12,),
+        **{f"blocks.{i}.{name}": shape for i in range(2) for name, shape in block.items()},
+        "norm.weight": (12,),
+        "norm.bias": (12,),
+        "head.weight": (5, 12),
+        "head.bias": (5,),
+    }
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_params_from_torch_names_what_is_wrong():
+    arrays = torch_arrays()
+    fine = dpa_jax.models.params_from_torch(small(), arrays)
+    assert fine["block1"]["attention"]["qkv"]["kernel"].shape == (12, 36)
+    with pytest.raises(ValueError, match=r"'head.weight' has shape \(12, 7\).* wants \(12, 5\) for 'head.kernel'"):
+        dpa_jax.models.params_from_torch(small(), {**arrays, "head.weight": np.zeros((7, 12))})
+    with pytest.raises(ValueError, match="'blocks.2.norm1.weight' is no parameter of ViT"):
+        dpa_jax.models.params_from_torch(small(), {**arrays, "blocks.2.norm1.weight": np.zeros(12)})
+    del arrays["norm.bias"]
+    with pytest.raises(ValueError, match="no array given for 'norm.bias'"):
+        dpa_jax.models.params_from_torch(small(), arrays)
