@@ -73,9 +73,16 @@ def test_training_follows_the_authors_program(golden, mechanism):
         place = f"block{i}", "mlp", "activation"
         for side, collection in (("forward", state.model_state["forward_memory"]), ("backward", state.backward_memory)):
             close(functools.reduce(dict.get, place, collection)["mean"], arrays[f"memory/{i}/{side}"])
-    final = {name.removeprefix("final/"): arrays[name] for name in arrays if name.startswith("final/")}
-    jax.tree.map(close, state.params, dpa_jax.models.params_from_torch(model, final))
     close(model.apply(state.variables, images[-1]), arrays["eval_logits"])
+    final = {name.removeprefix("final/"): arrays[name] for name in arrays if name.startswith("final/")}
+    expected = dpa_jax.models.params_from_torch(model, final)
+    width = recorded["embed_dim"]
+    for params in (expected, state.params):
+        for i in range(recorded["depth"]):
+            # A key's bias shifts all of a query's scores alike: its gradient is rounding, which Adam makes steps of.
+            qkv = params[f"block{i}"]["attention"]["qkv"]
+            qkv["bias"] = np.delete(qkv["bias"], np.s_[width : 2 * width])
+    jax.tree.map(close, state.params, expected)
 
 
 def test_first_gradients_are_the_authors(golden):

@@ -1,0 +1,114 @@
+"""What DPA costs: training steps of one ViT with different activations, interleaved in one process.
+
+    python benchmarks/activation_overhead.py [--model vit_tiny_patch4_32] [--batch_size 32] [--rounds 20] [--json PATH]
+
+Every round runs one update interval of steps (forward, backward, optimiser, memories) of each mechanism, in an order that turns,
+on the same data. The table gives the median over rounds of the time of a step, and the median of the ratio to
+ReLU's in the same round: machines drift, and neighbours in time drift together.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+
+import dpa_jax
+from dpa_jax.data.pipeline import Batch
+from dpa_jax.training.config import default_config
+from dpa_jax.training.optimizer import make_optimizer
+from dpa_jax.training.state import create_model, create_state
+from dpa_jax.training.step import make_train_step
+
+INTERVAL = 5  # DPA's: a round has one step that updates the memories
+
+
+def prepare(mechanism: str, args: argparse.Namespace, batch: Batch):
+    """The compiled step, its state, the seconds that compiling took, and the compiler's account of memory."""
+    config = default_config()
+    config.mechanism = mechanism
+    config.model = args.model
+    config.precision = args.precision
+    model = create_model(config, args.num_classes, in_channels=3)
+    optimizer = make_optimizer(config, lambda step: 1e-4)
+    train_step = make_train_step(
+        model, optimizer, lambda key, batch: batch.images.astype(np.float32) / 255, config.coefficients
+    )
+    metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create_state(model, optimizer, (), 0)), batch)[1]
+    state = jax.jit(lambda: create_state(model, optimizer, tuple(metrics), 0))()
+    lowered = jax.jit(train_step, donate_argnums=0).lower(state, batch)
+    begin = time.perf_counter()
+    compiled = lowered.compile()
+    return compiled, state, time.perf_counter() - begin, compiled.memory_analysis()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_tiny_patch4_32")
+    parser.add_argument("--mechanisms", default="relu,gelu,dpa")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--num_classes", type=int, default=100)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+
+    names = args.mechanisms.split(",")
+    if "relu" not in names:
+        parser.error("--mechanisms needs relu, which the others are compared with")
+    size = dpa_jax.models.create(args.model, args.num_classes).image_size
+    random = np.random.default_rng(0)
+    index = np.zeros(args.batch_size, np.int32)
+    images = random.integers(0, 256, (args.batch_size, size, size, 3), np.uint8)
+    labels = random.integers(0, args.num_classes, args.batch_size).astype(np.int32)
+    batch = jax.device_put(Batch(images, labels, index, index))
+
+    programs = {name: prepare(name, args, batch) for name in names}
+    states = {name: state for name, (_, state, _, _) in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(args.rounds + 1):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            compiled, state = programs[name][0], states[name]
+            begin = time.perf_counter()
+            for _ in range(INTERVAL):
+                state, _ = compiled(state, batch)
+            jax.block_until_ready(state)
+            states[name] = state
+            if round_number:  # the first is a warm-up
+                seconds[name].append((time.perf_counter() - begin) / INTERVAL)
+
+    rows = {}
+    for name in names:
+        _, _, compile_seconds, memory = programs[name]
+        ratios = [a / b for a, b in zip(seconds[name], seconds["relu"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        rows[name] = {
+            "step_ms": 1e3 * statistics.median(seconds[name]),
+            "ratio_to_relu": statistics.median(ratios),
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "compile_seconds": compile_seconds,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20,
+            "arguments_mib": memory.argument_size_in_bytes / 2**20,
+        }
+
+    device = jax.devices()[0].device_kind
+    print(f"{args.model}, batch {args.batch_size}, {args.num_classes} classes, {args.precision}, {args.rounds} rounds")
+    print(f"{device}, jax {jax.__version__}, Python {platform.python_version()}")
+    print(f"{'':8}{'step ms':>10}{'ratio':>8}{'quartiles':>16}{'compile s':>11}{'temp MiB':>10}{'args MiB':>10}")
+    for name, row in rows.items():
+        low, high = row["ratio_quartiles"]
+        print(
+            f"{name:8}{row['step_ms']:10.1f}{row['ratio_to_relu']:8.3f}{f'{low:.3f} - {high:.3f}':>16}"
+            f"{row['compile_seconds']:11.1f}{row['temporary_mib']:10.1f}{row['arguments_mib']:10.1f}"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"device": device, "jax": jax.__version__, **vars(args), "results": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
