@@ -1,9 +1,9 @@
 """What DPA costs: training steps of one ViT with different activations, interleaved in one process.
 
-    python benchmarks/activation_overhead.py [--model vit_tiny_patch4_32] [--batch_size 32] [--rounds 20] [--json PATH]
+    python benchmarks/activation_overhead.py [--model NAME] [--batch_size 32] [--rounds 20] [--json PATH]
 
-Every round runs one update interval of steps (forward, backward, optimiser, memories) of each mechanism, in an order that turns,
-on the same data. The table gives the median over rounds of the time of a step, and the median of the ratio to
+Every round runs one update interval of steps (forward, backward, optimiser, memories) of each mechanism, in an
+order that turns, on the same data. The table gives the median over rounds of the time of a step, and the median of the ratio to
 ReLU's in the same round: machines drift, and neighbours in time drift together.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/batch_scaling.py [--largest 65536] [--json PATH]
 
-One layer of C channels and K classes, in a step that updates: the forward memory, what each sample finds in it (the penalty's mask), and
-the backward memory. Medians over repetitions; ns per sample stay flat where the cost is linear.
+One layer of C channels and K classes, in a step that updates: the forward memory, what each sample finds in it
+(the penalty's mask), and the backward memory. Medians over repetitions; ns per sample stay flat where the cost is linear.
 """
 
 import argparse
@@ -44,7 +44,10 @@ def main() -> None:
 
     memories = [jnp.zeros((args.num_classes, args.channels))] * 2
     rows = []
-    print(f"C = {args.channels}, K = {args.num_classes}, {jax.devices()[0].device_kind}, jax {jax.__version__}, ", end="")
+    print(
+        f"C = {args.channels}, K = {args.num_classes}, {jax.devices()[0].device_kind}, jax {jax.__version__}, ",
+        end="",
+    )
     print(f"Python {platform.python_version()}")
     print(f"{'B':>8}{'ms':>10}{'ns/sample':>12}{'temp MiB':>10}")
     size = args.smallest
@@ -70,7 +73,16 @@ def main() -> None:
         size *= 2
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"device": jax.devices()[0].device_kind, "jax": jax.__version__, **vars(args), "results": rows}, file, indent=1)
+            json.dump(
+                {
+                    "device": jax.devices()[0].device_kind,
+                    "jax": jax.__version__,
+                    **vars(args),
+                    "results": rows,
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

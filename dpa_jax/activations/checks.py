@@ -19,9 +19,7 @@ def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) 
         raise ValueError(f"{owner}: {argument} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
 
 
-def check_range(
-    owner: str, argument: str, value: float, low: float | None = None, high: float | None = None
-) -> None:
+def check_range(owner: str, argument: str, value: float, low: float | None = None, high: float | None = None) -> None:
     """Raises ValueError unless ``low <= value <= high``."""
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
@@ -32,8 +30,7 @@ def check_labels(owner: str, x: jax.Array, labels: jax.Array) -> None:
     """Raises ValueError unless ``labels`` is one integer per sample of ``x`` [B, ...]."""
     if labels.shape != x.shape[:1]:
         raise ValueError(
-            f"{owner}: labels must have shape {x.shape[:1]}, one per sample of the input {x.shape}; "
-            f"got {labels.shape}"
+            f"{owner}: labels must have shape {x.shape[:1]}, one per sample of the input {x.shape}; got {labels.shape}"
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{owner}: labels must be integers, the class of each sample; got {labels.dtype}")

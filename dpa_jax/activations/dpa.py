@@ -25,8 +25,7 @@ CRITERIA = {
 """How the two perspectives join (Table 3): whether the class is silent forward, unwanted backward, both, ..."""
 
 
-@struct.dataclass
-class DPARecord:
+class DPARecord(struct.PyTreeNode):
     """What one DPA saw in one call. Leading axes, as ``nn.scan`` adds them, are layers.
 
     Attributes:

@@ -62,6 +62,7 @@ class Summary:
     masked: Ratio | None = None
 
     def penalties(self) -> dict[str, jax.Array]:
+        """{name: float32 scalar}."""
         return {name: ratio.value() for name, ratio in self.terms.items()}
 
 

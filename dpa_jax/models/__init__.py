@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -36,9 +36,9 @@ def create(name: str, num_classes: int, **options) -> nn.Module:
     check_choice("models.create", "name", name, MODELS)
     factory = MODELS[name]
     model_class = factory.func if isinstance(factory, functools.partial) else factory
-    fields = [field.name for field in dataclasses.fields(model_class) if field.name not in ("parent", "name")]
+    fields = inspect.signature(model_class).parameters.keys() - {"parent", "name"}
     for option in options:
-        check_choice(f"model {name!r}", "an option", option, fields)
+        check_choice(f"model {name!r}", "an option", option, sorted(fields))
     return factory(num_classes=num_classes, **options)
 
 

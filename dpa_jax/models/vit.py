@@ -37,6 +37,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Mixes the tokens of each sample."""
         features = x.shape[-1]
         qkv = _Dense(3 * features, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, features // self.num_heads)
@@ -55,6 +56,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
+        """Transforms each token."""
         y = _Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
         y = self.activation(name="activation")(y, labels, train)
         y = nn.Dropout(self.dropout)(y, deterministic=not train)
@@ -74,6 +76,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
         drop_path = nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)
         y = _LayerNorm(dtype=self.dtype, name="norm1")(x)
         x = x + drop_path(Attention(self.num_heads, self.dropout, self.dtype, name="attention")(y, train))

@@ -18,8 +18,7 @@ from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """A run after ``step`` training steps. A checkpoint holds this and nothing else.
 
     Attributes:

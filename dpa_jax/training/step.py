@@ -57,7 +57,7 @@ def make_train_step(
             summary = summarize(mutated)
             total, count = cross_entropy(logits, batch.labels, label_smoothing)
             terms = {"cross_entropy": total / jnp.maximum(count, 1.0), **summary.penalties()}
-            loss = sum(_coefficient(coefficients, name) * term for name, term in terms.items())
+            loss = _weighted(terms, coefficients)
             return loss, (terms, summary, logits, mutated)
 
         gradients_of = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
@@ -99,7 +99,7 @@ class Evaluation:
     def compute(self, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
         """Figures of the whole split: ``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision``, ``f1``."""
         terms = {name: ratio.value() for name, ratio in self.terms.items()}
-        loss = sum(_coefficient(coefficients, name) * term for name, term in terms.items())
+        loss = _weighted(terms, coefficients)
         named = {f"loss_{name}": term for name, term in terms.items()}
         return {"loss": loss, **named, **self.classification.compute()}
 
@@ -133,9 +133,14 @@ def _top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(correct, dtype=jnp.float32) / jnp.maximum(jnp.sum(labels >= 0, dtype=jnp.float32), 1.0)
 
 
-def _coefficient(coefficients: Mapping[str, float], name: str) -> float:
-    if name == "cross_entropy":
-        return 1.0
-    if name not in coefficients:
-        raise ValueError(f"config.coefficients has no entry for the penalty {name!r}")
-    return coefficients[name]
+def _weighted(terms: Mapping[str, jax.Array], coefficients: Mapping[str, float]) -> jax.Array:
+    """The loss: cross-entropy plus every penalty times its coefficient."""
+    loss = jnp.zeros(())
+    for name, term in terms.items():
+        if name == "cross_entropy":
+            loss += term
+        elif name in coefficients:
+            loss += coefficients[name] * term
+        else:
+            raise ValueError(f"config.coefficients has no entry for the penalty {name!r}")
+    return loss

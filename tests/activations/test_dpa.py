@@ -3,16 +3,17 @@
 import functools
 import json
 
-import dpa_jax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import dpa_jax
 from dpa_jax.activations.dpa import CRITERIA, joint_mask
 from dpa_jax.activations.penalties import RECORDS
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def losses(act, variables, head, labels, coefficient):
@@ -120,7 +121,15 @@ def test_equals_the_definition(criterion, momentum, tau):
         old = jax.tree.map(np.asarray, variables)
         variables, _, (_, _, penalty), mask = step(variables, x, labels)
         forward, backward, expected_mask, expected = definition(
-            old["forward_memory"]["mean"], old["backward_memory"]["mean"], x, d, labels, tau, momentum, t % 2 == 1, criterion
+            old["forward_memory"]["mean"],
+            old["backward_memory"]["mean"],
+            x,
+            d,
+            labels,
+            tau,
+            momentum,
+            t % 2 == 1,
+            criterion,
         )
         np.testing.assert_array_equal(mask, expected_mask)
         np.testing.assert_allclose(variables["forward_memory"]["mean"], forward, atol=2e-6)
@@ -158,7 +167,11 @@ def test_samples_without_a_label_take_no_part():
     def on_padded(variables):
         def loss_fn(backward_memory):
             y, mutated = act.apply(
-                {**variables, "backward_memory": backward_memory}, x, padded, train=True, mutable=dpa_jax.MUTABLE
+                {**variables, "backward_memory": backward_memory},
+                x,
+                padded,
+                train=True,
+                mutable=dpa_jax.MUTABLE,
             )
             return optax.softmax_cross_entropy_with_integer_labels(y[:16, :K], labels[:16]).mean(), mutated
 
@@ -348,7 +361,9 @@ def test_sharded_batch_equals_one_device(plain, devices):
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     step = jax.jit(
-        model_step(Stack("loop")), in_shardings=(replicated, sharded, sharded), out_shardings=(replicated, replicated)
+        model_step(Stack("loop")),
+        in_shardings=(replicated, sharded, sharded),
+        out_shardings=(replicated, replicated),
     )
     many, many_out = run(step, jax.device_put(variables, replicated))
     np.testing.assert_allclose(many_out, out, rtol=1e-6)
@@ -405,7 +420,11 @@ def test_a_module_used_twice_adds_its_two_updates():
     def update_of(module, variables, *inputs):
         def loss_fn(backward_memory):
             y, mutated = module.apply(
-                {**variables, "backward_memory": backward_memory}, *inputs, labels, train=True, mutable=dpa_jax.MUTABLE
+                {**variables, "backward_memory": backward_memory},
+                *inputs,
+                labels,
+                train=True,
+                mutable=dpa_jax.MUTABLE,
             )
             return jnp.sum(y[:, :4]) - jnp.sum(y[:, 4:]), mutated
 
@@ -443,7 +462,10 @@ def test_an_unused_output_leaves_the_backward_memory_alone():
         ({"update_interval": 0}, "update_interval must be at least 1; got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1; got 0"),
         ({"pool": "tokens"}, "pool must be one of token, mean, none; got 'tokens'. Did you mean 'token'"),
-        ({"criterion": "both"}, "criterion must be one of intersection, union, forward, backward, all; got 'both'"),
+        (
+            {"criterion": "both"},
+            "criterion must be one of intersection, union, forward, backward, all; got 'both'",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(options, message):
@@ -485,6 +507,4 @@ def test_a_forgotten_collection_is_named():
     x, labels = batch(0)
     variables = act.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="'backward_memory' is missing"):
-        act.apply(
-            {"forward_memory": variables["forward_memory"]}, x, labels, train=True, mutable=dpa_jax.MUTABLE
-        )
+        act.apply({"forward_memory": variables["forward_memory"]}, x, labels, train=True, mutable=dpa_jax.MUTABLE)

@@ -240,7 +240,7 @@ def test_padded_samples_of_an_evaluation_change_nothing():
     [
         ({"patch_size": 3}, "patch_size 3 does not divide image_size 8"),
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 12"),
-        ({"widht": 3}, "an option must be one of .*; got 'widht'"),
+        ({"widht": 3}, r"an option must be one of .*; got 'widht'"),
         ({"embed_dims": 3}, "Did you mean 'embed_dim'"),
     ],
 )
@@ -286,8 +286,8 @@ def test_params_from_torch_names_what_is_wrong():
     assert fine["block1"]["attention"]["qkv"]["kernel"].shape == (12, 36)
     with pytest.raises(ValueError, match=r"'head.weight' has shape \(12, 7\).* wants \(12, 5\) for 'head.kernel'"):
         dpa_jax.models.params_from_torch(small(), {**arrays, "head.weight": np.zeros((7, 12))})
-    with pytest.raises(ValueError, match="'blocks.2.norm1.weight' is no parameter of ViT"):
+    with pytest.raises(ValueError, match=r"'blocks.2.norm1.weight' is no parameter of ViT"):
         dpa_jax.models.params_from_torch(small(), {**arrays, "blocks.2.norm1.weight": np.zeros(12)})
     del arrays["norm.bias"]
-    with pytest.raises(ValueError, match="no array given for 'norm.bias'"):
+    with pytest.raises(ValueError, match=r"no array given for 'norm.bias'"):
         dpa_jax.models.params_from_torch(small(), arrays)
