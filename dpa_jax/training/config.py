@@ -26,6 +26,10 @@ CROPS = ("none", "pad", "resized")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 RESIDENCES = ("auto", "device", "host")
 
+# What a mechanism may add to the loss. A configuration may weigh one that its own mechanism does not have:
+# the mechanism is what the command line changes.
+PENALTIES = ("channel", "arr", "aux", "gate")
+
 # What is in these is for the activation, the model and the loss to say: any key may be added.
 FREE = ("mechanism_options", "coefficients", "model_options")
 
@@ -160,6 +164,7 @@ def validate(config: Mapping[str, Any]) -> None:
     _check_range(config, "log_every_seconds", low=0.0)
     check_choice("config", "precision", config["precision"], PRECISIONS)
     for name, value in config["coefficients"].items():
+        check_choice("config", "a key of coefficients", name, PENALTIES)
         if not _is_number(value):
             raise ValueError(f"config: coefficients.{name} must be a number; got {value!r}")
 
@@ -175,10 +180,10 @@ def validate(config: Mapping[str, Any]) -> None:
     schedule = config["schedule"]
     check_choice("config", "schedule.name", schedule["name"], SCHEDULES)
     _check_range(config, "schedule.warmup_epochs", low=0)
-    if schedule["warmup_epochs"] >= config["epochs"]:
+    if schedule["warmup_epochs"] > config["epochs"]:
         raise ValueError(
-            f"config: schedule.warmup_epochs must be less than epochs; "
-            f"got {schedule['warmup_epochs']} of {config['epochs']}. Set both for a shorter run."
+            f"config: schedule.warmup_epochs must be at most epochs; got {schedule['warmup_epochs']} of "
+            f"{config['epochs']}. Set both for a shorter run: --config.schedule.warmup_epochs={config['epochs']}."
         )
     _check_range(config, "schedule.warmup_learning_rate", low=0.0)
     _check_range(config, "schedule.min_learning_rate", low=0.0, high=config["optimizer"]["learning_rate"])
@@ -207,7 +212,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def _check_structure(path: str, given: Any, default: Any) -> None:
-    """Raises unless `given` has the keys and types of `default`; an int is fine where a float is wanted."""
+    """Raises ValueError unless `given` has the keys and types of `default`."""
     if isinstance(default, ConfigDict):
         if not isinstance(given, Mapping | ConfigDict):
             raise ValueError(f"config: {path} must be a group of keys; got {_described(given)}")
@@ -221,7 +226,13 @@ def _check_structure(path: str, given: Any, default: Any) -> None:
             if key not in given:
                 raise ValueError(f"config: the key {prefix}{key} is missing; start from default_config()")
             _check_structure(prefix + key, given[key], default[key])
-    elif isinstance(default, float):
+    else:
+        check_type(path, given, default)
+
+
+def check_type(path: str, given: Any, default: Any) -> None:
+    """Raises ValueError unless `given` is of the type of `default`; an int is fine where a float is wanted."""
+    if isinstance(default, float):
         if not _is_number(given):
             raise ValueError(f"config: {path} must be a finite float; got {_described(given)}")
     elif type(given) is not type(default):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,8 +63,12 @@ class Program:
     schedule: Callable
 
 
-def build(config: ConfigDict) -> Program:
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
     """Loads the data and prepares the model, the state and the steps; nothing is compiled yet.
+
+    Args:
+        config: a run's configuration.
+        devices: those that share each batch; None for all there are.
 
     Raises:
         ValueError: if the configuration can't run; the message names the key.
@@ -73,7 +77,7 @@ def build(config: ConfigDict) -> Program:
     validate(config)
 
     # ---------------- Devices ----------------
-    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    mesh = Mesh(np.asarray(devices or jax.devices()), ("data",))
     replicated, sharded = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     # ---------------- Data ----------------
@@ -176,7 +180,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
         progress = stack.enter_context(contextlib.closing(show_epoch(epoch, start)))
         if start:
-            progress.write(f"continuing after step {start} of {total_steps} in {workdir}")
+            how = "continuing" if start < total_steps else "nothing left to do"
+            progress.write(f"{how} after step {start} of {total_steps} in {workdir}")
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
@@ -200,6 +205,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             if epoch_ends:
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
                     evaluation = {f"eval_{k}": v for k, v in run_evaluation(program, state, config).items()}
+                    _finite(evaluation, step, workdir)  # the last update is seen here for the first time
                 record = {
                     "epoch": epoch,
                     "step": step,
@@ -245,7 +251,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, dict[
     directory = pathlib.Path(workdir) / "checkpoints"
     results = {}
     with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
-        for step in (checkpoints.best_step, None):
+        best = checkpoints.best_step
+        for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
             restored = checkpoints.restore(program.abstract_state, step)
             if restored is None:
                 raise FileNotFoundError(f"no checkpoint in {directory}; train first, without --eval")
@@ -254,7 +261,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, dict[
 
 
 def run_evaluation(program: Program, state: TrainState, config: ConfigDict) -> dict[str, float]:
-    """Figures of the whole evaluation split: ``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision``, ``f1``."""
+    """Figures of the whole evaluation split, as `Evaluation.compute` names them."""
     parts = (program.eval_step(state.variables, batch) for batch in program.eval_feed.evaluation())
     evaluation: Evaluation = functools.reduce(program.add, parts)
     figures = jax.device_get(evaluation).compute(config.coefficients)
@@ -263,7 +270,7 @@ def run_evaluation(program: Program, state: TrainState, config: ConfigDict) -> d
 
 def _finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> Mapping[str, float]:
     """The figures of a step, unless one of them is not a finite number."""
-    for name in sorted(figures, key=lambda name: not name.startswith("loss_")):  # the terms before their sum
+    for name in sorted(figures, key=lambda name: "loss_" not in name):  # the terms before their sum
         if not np.isfinite(figures[name]):
             raise NonFiniteError(
                 f"{name} is {figures[name]} at step {step}. The last good checkpoint is kept in {workdir}; a lower "

@@ -50,7 +50,7 @@ def make_schedule(
 
     if config.name == "cosine":
         main = optax.cosine_decay_schedule(
-            learning_rate, total_steps - warmup_time, alpha=config.min_learning_rate / learning_rate
+            learning_rate, max(total_steps - warmup_time, 1), alpha=config.min_learning_rate / learning_rate
         )
     elif config.name == "constant":
         main = optax.constant_schedule(learning_rate)

@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, TensorBoard files, the configuration and a picture of the curves."""
 
+import functools
 import json
 import math
 import os
@@ -47,8 +48,6 @@ class Recorder:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        from tensorboardX import SummaryWriter
-
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._path = self.workdir / "metrics.jsonl"
         if self._path.exists():
@@ -56,10 +55,16 @@ class Recorder:
             self._history = [record for record in _parse(found, self._path) if record["step"] <= step]
             _replace(self._path, "".join(_line(record) for record in self._history))
         _replace(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+        self._step = step
+
+    @functools.cached_property
+    def _tensorboard(self) -> Any:
+        # Made with the first record: a start with nothing left to do leaves no empty file.
+        from tensorboardX import SummaryWriter
+
         # The suffix keeps apart two runs that begin in the same second, whose files would else have one name.
-        self._tensorboard = SummaryWriter(
-            str(self.workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}.{os.getpid()}"
-        )
+        suffix = f".{self._step}.{os.getpid()}"
+        return SummaryWriter(str(self.workdir / "tensorboard"), purge_step=self._step + 1, filename_suffix=suffix)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -94,7 +99,8 @@ class Recorder:
     def close(self) -> None:
         """Draws the curves, where there is something to draw, and closes the TensorBoard file."""
         if self._writes:
-            self._tensorboard.close()
+            if "_tensorboard" in vars(self):
+                self._tensorboard.close()
             if self._history:
                 plot_curves(self._history, self.workdir / "curves.png")
 

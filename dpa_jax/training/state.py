@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +15,10 @@ from ml_collections import ConfigDict
 
 from dpa_jax import models
 from dpa_jax.activations import activation
+from dpa_jax.activations.checks import check_choice
 from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
+from dpa_jax.training.config import check_type
 
 
 class TrainState(struct.PyTreeNode):
@@ -57,21 +60,31 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     Raises:
         ValueError: for names and options that do not exist.
     """
+    check_choice("config", "mechanism", config.mechanism, ACTIVATIONS)
+    check_choice("config", "model", config.model, models.MODELS)
+    model, mechanism = models.MODELS[config.model], ACTIVATIONS[config.mechanism]
+    given = {"activation": None, "in_channels": in_channels, "dtype": jnp.dtype(config.precision)}
+    _check_options("model_options", config.model_options, model, ("num_classes", *given))
+    _check_options("mechanism_options", config.mechanism_options, mechanism, ("num_classes",))
     options = dict(config.mechanism_options)
-    if config.mechanism in ACTIVATIONS:
-        takes = inspect.signature(ACTIVATIONS[config.mechanism]).parameters
-        if unknown := sorted(options.keys() - takes):
-            raise ValueError(f"config.mechanism_options: {config.mechanism!r} has no option {unknown[0]!r}")
-        if "num_classes" in takes:
-            options["num_classes"] = num_classes
-    return models.create(
-        config.model,
-        num_classes,
-        activation=activation(config.mechanism, **options),
-        in_channels=in_channels,
-        dtype=jnp.dtype(config.precision),
-        **config.model_options,
-    )
+    if "num_classes" in inspect.signature(mechanism).parameters:
+        options["num_classes"] = num_classes
+    given["activation"] = activation(config.mechanism, **options)
+    return models.create(config.model, num_classes, **given, **config.model_options)
+
+
+def _check_options(group: str, options: ConfigDict, factory: Callable, given: tuple[str, ...]) -> None:
+    """Raises ValueError for options that are no attribute of the factory's module, or of another type.
+
+    Those ``given`` come from elsewhere in the configuration or from the data.
+    """
+    attributes = inspect.signature(factory).parameters
+    takes = [name for name in attributes if name not in ("parent", "name", *given)]
+    for name, value in options.items():
+        if not takes:
+            raise ValueError(f"config: {group} must be empty here, there are no options; got {name!r}")
+        check_choice("config", f"a key of {group}", name, takes)
+        check_type(f"{group}.{name}", value, attributes[name].default)
 
 
 def create_state(
