@@ -3,8 +3,8 @@
     python benchmarks/activation_overhead.py [--model NAME] [--batch_size 32] [--rounds 20] [--json PATH]
 
 Every round runs one update interval of steps (forward, backward, optimiser, memories) of each mechanism, in an
-order that turns, on the same data. The table gives the median over rounds of the time of a step, and the median of the ratio to
-ReLU's in the same round: machines drift, and neighbours in time drift together.
+order that turns, on the same data. The table gives the median over rounds of the time of a step, and the
+median of the ratio to ReLU's in the same round: machines drift, and neighbours in time drift together.
 """
 
 import argparse

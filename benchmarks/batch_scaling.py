@@ -3,7 +3,8 @@
     python benchmarks/batch_scaling.py [--largest 65536] [--json PATH]
 
 One layer of C channels and K classes, in a step that updates: the forward memory, what each sample finds in it
-(the penalty's mask), and the backward memory. Medians over repetitions; ns per sample stay flat where the cost is linear.
+(the penalty's mask), and the backward memory. Medians over repetitions; ns per sample stay flat
+where the cost is linear.
 """
 
 import argparse

@@ -15,13 +15,15 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model = "vit"
     config.model_options = {"image_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
-    config.batch_size = 64
-    config.eval_batch_size = 64
-    config.epochs = 40
+    config.model_options.stochastic_depth = 0.1
+    config.batch_size = 32
+    config.eval_batch_size = 120
+    config.epochs = 100
     config.coefficients.channel = 1.0
-    config.optimizer.learning_rate = 1e-3
-    config.schedule.warmup_epochs = 3
+    config.optimizer.learning_rate = 3e-3
+    config.schedule.warmup_epochs = 5
     config.data.name = "digits"
-    config.augment.crop = "pad"
-    config.augment.padding = 1
+    config.augment.crop = "resized"
+    config.augment.scale = (0.5, 1.0)
+    config.augment.interpolation = "bilinear"
     return config
