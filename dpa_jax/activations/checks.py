@@ -6,16 +6,17 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
 def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) -> None:
-    """Raises ValueError, with the nearest name, unless ``value`` is one of ``allowed``."""
+    """Raises ValueError, with the nearest names, unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)
     if value not in allowed:
-        nearest = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = " or ".join(map(repr, difflib.get_close_matches(str(value), allowed)))
+        hint = f" Did you mean {nearest}?" if nearest else ""
         raise ValueError(f"{owner}: {argument} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
 
 
@@ -43,3 +44,19 @@ def check_memory(owner: str, memory: jax.Array, num_classes: int, channels: int)
             f"{owner}: an input of {channels} channels needs a memory of shape {(num_classes, channels)}; "
             f"the one given has {memory.shape}"
         )
+
+
+def check_floating(owner: str, x: jax.Array) -> None:
+    """Raises ValueError unless ``x`` is floating: parameters cast to integers would silently be lost."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{owner}: the input must be floating; got {x.dtype}")
+
+
+def stored_variable(module: nn.Module, collection: str, name: str) -> nn.Variable:
+    """A variable that ``init`` made; ValueError, naming its collection, if the caller left it out."""
+    if not module.has_variable(collection, name):
+        raise ValueError(
+            f"{type(module).__name__} {'/'.join(module.path)!r}: {collection!r} is missing from the variables. "
+            "Pass every collection that model.init returned to model.apply."
+        )
+    return module.variable(collection, name, None)

@@ -65,7 +65,7 @@ class UpdateWeights:
     add: jax.Array
 
 
-def _ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def class_ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """0-based rank of each sample among the earlier ones of its class [B], and the class counts [K + 1].
 
     Samples without a valid label form class K.
@@ -91,7 +91,7 @@ def update_weights(labels: jax.Array, num_classes: int, momentum: float) -> Upda
         momentum: weight of the new value, in [0, 1].
     """
     labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
-    ranks, counts = _ranks(labels, num_classes)
+    ranks, counts = class_ranks(labels, num_classes)
     decay = 1.0 - momentum
     later = counts[labels] - ranks - 1  # samples of the same class still to come
     weights = momentum * jnp.power(decay, later.astype(jnp.float32))
@@ -123,9 +123,6 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
 def prefix_means(recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float) -> jax.Array:
     """What each sample finds in its class's row right after its own update, later samples not yet in.
 
-    A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
-    batch, depth logarithmic, no B x B matrix.
-
     Args:
         recalled: [B, C] float32, the rows before the batch (`recall`).
         values: [B, C] float32.
@@ -135,13 +132,31 @@ def prefix_means(recalled: jax.Array, values: jax.Array, labels: jax.Array, mome
     Returns:
         [B, C] float32, in batch order.
     """
+    decay = jnp.full(labels.shape, 1.0 - momentum, jnp.float32)
+    return prefix_rows(recalled, decay, momentum * values, labels)
+
+
+def prefix_rows(recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array) -> jax.Array:
+    """The rows along ``row <- factor_i * row + term_i``, each sample moving the row of its own class.
+
+    A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
+    batch, depth logarithmic, no B x B matrix.
+
+    Args:
+        recalled: [B, C] float32, the rows before the batch (`recall`).
+        factors: [B] float32.
+        terms: [B, C] float32.
+        labels: [B] integers.
+
+    Returns:
+        [B, C] float32, in batch order: each sample's row right after its own step.
+    """
     order = jnp.argsort(labels, stable=True)
-    labels = labels[order]
+    labels, factors = labels[order], factors[order][:, None]
     first = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]
-    decay = 1.0 - momentum
-    # row <- factor * row + term; a class's first sample starts from the memory, not from its neighbour.
-    factors = jnp.where(first, 0.0, decay)
-    terms = momentum * values[order] + jnp.where(first, decay * recalled[order], 0.0)
+    # A class's first sample starts from the memory, not from its neighbour.
+    terms = terms[order] + jnp.where(first, factors * recalled[order], 0.0)
+    factors = jnp.where(first, 0.0, factors)
 
     def compose(earlier, later):
         return earlier[0] * later[0], earlier[1] * later[0] + later[1]

@@ -7,6 +7,7 @@ A record class adds a mechanism: it has ``summarize(records) -> Summary``.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,10 @@ from flax import struct
 RECORDS = "penalty_records"
 """The collection that modules sow into. It lives for one call and is never carried to the next."""
 
-MUTABLE = ("forward_memory", RECORDS)
+MUTABLE = ("forward_memory", "response_memory", "activity_counters", RECORDS)
 """The collections to pass to ``apply`` as ``mutable=``."""
 
-COLLECTIONS = ("forward_memory", "backward_memory", RECORDS)
+COLLECTIONS = (*MUTABLE, "backward_memory")
 """Every collection of the mechanisms, as ``nn.scan`` and ``nn.vmap`` want them in ``variable_axes``."""
 
 
@@ -76,9 +77,27 @@ def summarize(mutated: Mapping[str, Any]) -> Summary:
     summary = Summary(terms={})
     for kind in dict.fromkeys(type(record) for record in records):
         part = kind.summarize([record for record in records if type(record) is kind])
-        masked = part.masked if summary.masked is None else summary.masked + part.masked
+        masked = summary.masked
+        if part.masked is not None:
+            masked = part.masked if masked is None else masked + part.masked
         summary = Summary(terms={**summary.terms, **part.terms}, masked=masked)
     return summary
+
+
+def stack_alike(records: list[Any]) -> list[Any]:
+    """Records of equal shapes and settings along one leading axis, so that one look serves all layers.
+
+    Args:
+        records: of one class, with a field ``labels`` [B]; axes in front of it, on every leaf, are those that
+            ``nn.scan`` or ``nn.vmap`` added.
+    """
+    groups = defaultdict(list)
+    for record in records:
+        lifted = record.labels.ndim - 1
+        layers = jax.tree.map(lambda leaf, n=lifted: leaf.reshape(-1, *leaf.shape[n:]), record)
+        leaves, structure = jax.tree.flatten(layers)
+        groups[tuple(leaf.shape[1:] for leaf in leaves), structure].append(layers)
+    return [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups.values()]
 
 
 def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -88,7 +107,8 @@ def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
         mutated: the second result of ``model.apply(..., mutable=dpa_jax.MUTABLE)``.
 
     Returns:
-        {name: float32 scalar}; ``"channel"`` where the model has `DPA`. Empty if no module recorded
-        anything: no labels were given, or the collections were not mutable.
+        {name: float32 scalar}: ``"channel"`` where the model has `DPA`, ``"arr"`` where it has `ARR`, ``"aux"``
+        and ``"gate"`` where it has `AIEC`. Empty if no module recorded anything: no labels were given, or
+        the collections were not mutable.
     """
     return summarize(mutated).penalties()
