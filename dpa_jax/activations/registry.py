@@ -8,48 +8,109 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from dpa_jax.activations.aiec import AIEC
+from dpa_jax.activations.baselines import ELU, GDN, Elementwise, LeakyReLU, LearnableSwish, PReLU
 from dpa_jax.activations.checks import check_choice
 from dpa_jax.activations.dpa import DPA
+from dpa_jax.activations.raa import RAA
 
-
-class Elementwise(nn.Module):
-    """A plain function as an activation module, with the signature that all activations here share.
-
-    Attributes:
-        function: from an array to one of the same shape.
-    """
-
-    function: Callable[[jax.Array], jax.Array]
-
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the function to ``x``; ``labels`` and ``train`` change nothing."""
-        del labels, train
-        return self.function(x)
-
-
-# The papers' GELU is the exact one, by erf.
-ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
-    "dpa": DPA,
-    "relu": functools.partial(Elementwise, jax.nn.relu),
-    "gelu": functools.partial(Elementwise, functools.partial(jax.nn.gelu, approximate=False)),
+# Those that are a function and nothing else. The papers' GELU is the exact one, by erf.
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "hard_sigmoid": jax.nn.hard_sigmoid,
+    "hard_swish": jax.nn.hard_swish,
+    "hard_tanh": jax.nn.hard_tanh,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+    "softsign": jax.nn.soft_sign,
+    "swish": jax.nn.silu,
+    "tanh": jax.nn.tanh,
 }
+
+ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "aiec": AIEC,
+    "dpa": DPA,
+    "elu": ELU,
+    "gdn": GDN,
+    "leaky_relu": LeakyReLU,
+    "learnable_swish": LearnableSwish,
+    "prelu": PReLU,
+    "raa": RAA,
+    **{name: functools.partial(Elementwise, function) for name, function in _FUNCTIONS.items()},
+}
+"""Name -> factory of modules; `register` adds to it."""
 
 
 def activation(name: str, **options) -> Callable[..., nn.Module]:
     """A factory of activation modules, as the models' ``activation=`` takes it.
 
+    ========================= =====================================================================
+    name                      options
+    ========================= =====================================================================
+    ``dpa``                   those of `DPA`; ``num_classes`` is required
+    ``aiec``                  those of `AIEC`; ``num_classes`` is required
+    ``raa``                   ``kind``, ``base`` (`RAA`)
+    ``gdn``                   ``initial_gamma`` (`GDN`)
+    ``elu``                   ``alpha``
+    ``leaky_relu``            ``negative_slope``
+    ``prelu``                 ``initial_slope``
+    ``learnable_swish``       ``initial_beta``
+    none of these             ``gelu`` (exact) ``hard_sigmoid hard_swish hard_tanh mish relu relu6 selu
+                              sigmoid silu softplus softsign swish`` (SiLU) ``tanh``
+    ========================= =====================================================================
+
     Args:
-        name: a key of the registry: ``"dpa"``, ``"relu"``, ``"gelu"``.
-        **options: attributes of the module, such as ``num_classes`` for ``"dpa"``.
+        name: one of these or of those that `register` added.
+        **options: attributes of the module.
 
     Returns:
         A callable that makes a module; its modules are called as ``module(x, labels=None, train=False)``.
 
     Raises:
-        ValueError: for an unknown name (with the nearest one).
+        ValueError: for an unknown name (with the nearest ones).
         TypeError: for an option that the activation does not have.
     """
     check_choice("activation", "name", name, ACTIVATIONS)
     factory = functools.partial(ACTIVATIONS[name], **options)
     factory(parent=None)  # a wrong option shows here, not in the middle of a model
     return factory
+
+
+def register(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Adds an activation, so that `activation`, the models and the configurations know it by name.
+
+    Example::
+
+        class Snake(nn.Module):
+            frequency: float = 1.0
+
+            @nn.compact
+            def __call__(self, x, labels=None, train=False):
+                return x + jnp.sin(self.frequency * x) ** 2 / self.frequency
+
+        dpa_jax.activations.register("snake", Snake)
+        dpa_jax.activations.register("cube", functools.partial(dpa_jax.activations.Elementwise, lambda x: x**3))
+        model = dpa_jax.models.create(
+            "vit", num_classes=10, activation=dpa_jax.activation("snake", frequency=2.0)
+        )
+
+    Args:
+        name: not taken yet.
+        factory: a linen module class, or what takes its options and, like one, ``name=`` and ``parent=``; its
+            modules are called as ``module(x, labels=None, train=False)``. A plain function goes into an
+            `Elementwise`.
+
+    Raises:
+        ValueError: if the name is taken.
+        TypeError: if ``factory`` cannot be called.
+    """
+    if name in ACTIVATIONS:
+        raise ValueError(f"register: the name {name!r} is taken by {ACTIVATIONS[name]}; choose another")
+    if not callable(factory):
+        raise TypeError(f"register: factory must be a module class or another callable; got {factory!r}")
+    ACTIVATIONS[name] = factory
