@@ -84,7 +84,9 @@ def _check_options(group: str, options: ConfigDict, factory: Callable, given: tu
         if not takes:
             raise ValueError(f"config: {group} must be empty here, there are no options; got {name!r}")
         check_choice("config", f"a key of {group}", name, takes)
-        check_type(f"{group}.{name}", value, attributes[name].default)
+        default = attributes[name].default
+        if isinstance(default, bool | int | float | str):  # else it tells nothing about the type
+            check_type(f"{group}.{name}", value, default)
 
 
 def create_state(
