@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model = "vit_tiny_patch4_32"
     config.model_options = {"stochastic_depth": 0.1}
-    config.coefficients.channel = 5.0
+    config.coefficients = {"channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0}
     config.precision = "bfloat16"
 
     config.batch_size = 256

@@ -15,5 +15,6 @@ from configs import cifar100_vit
 def get_config() -> ConfigDict:
     config = cifar100_vit.get_config()
     config.coefficients.channel = 1.0
+    config.coefficients.arr = 10.0
     config.data.name = "cifar10"
     return config

@@ -12,6 +12,7 @@ from dpa_jax.activations import (
     penalties,
     reset_counters,
     summarize,
+    supervise,
 )
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "penalties",
     "reset_counters",
     "summarize",
+    "supervise",
 ]
 __version__ = "0.1.0"

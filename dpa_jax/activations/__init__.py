@@ -7,6 +7,7 @@ from dpa_jax.activations.dpa import DPA
 from dpa_jax.activations.penalties import COLLECTIONS, MUTABLE, Summary, penalties, summarize
 from dpa_jax.activations.raa import RAA
 from dpa_jax.activations.registry import activation, register
+from dpa_jax.activations.supervision import supervise
 from dpa_jax.activations.threshold import threshold
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "register",
     "reset_counters",
     "summarize",
+    "supervise",
     "threshold",
 ]

@@ -20,6 +20,7 @@ from dpa_jax.activations.checks import (
     stored_variable,
 )
 from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
+from dpa_jax.activations.supervision import supervised
 
 
 @struct.dataclass
@@ -133,7 +134,8 @@ class AIEC(nn.Module):
 
         Args:
             x: pre-activations, of the shape that ``pool`` takes; any floating dtype.
-            labels: [B] integers, -1 for samples to be left out. None: the plain threshold and nothing else.
+            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
+                it the plain threshold and nothing else.
             train: whether the counters are updated. Without, they are read for the penalties where
                 the call's ``mutable`` asks for it.
 
@@ -150,6 +152,7 @@ class AIEC(nn.Module):
             self.variable("activity_counters", "total", jnp.ones, shape[:1], jnp.int32)
             self.variable("activity_counters", "step", jnp.zeros, (), jnp.int32)
             return y
+        labels, train = supervised(labels, train)
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
             return y
 

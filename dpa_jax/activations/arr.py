@@ -18,6 +18,7 @@ from dpa_jax.activations.checks import (
     stored_variable,
 )
 from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
+from dpa_jax.activations.supervision import supervised
 
 
 @struct.dataclass
@@ -166,7 +167,8 @@ class ARR(nn.Module):
 
         Args:
             x: responses, of the shape that ``pool`` takes; any floating dtype.
-            labels: [B] integers, -1 for samples to be left out. None: nothing happens.
+            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
+                it nothing happens.
             train: whether the memory is updated. Without, it is read for the penalty where the call's
                 ``mutable`` asks for it.
 
@@ -178,6 +180,7 @@ class ARR(nn.Module):
             self.variable("response_memory", "mean", jnp.zeros, (self.num_classes, x.shape[-1]), jnp.float32)
             self.variable("response_memory", "count", jnp.zeros, (self.num_classes,), jnp.int32)
             return x
+        labels, train = supervised(labels, train)
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
             return x
 

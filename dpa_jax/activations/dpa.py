@@ -13,6 +13,7 @@ from flax import struct
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.checks import check_choice, check_labels, check_memory, check_range
 from dpa_jax.activations.penalties import RECORDS, Ratio, Summary
+from dpa_jax.activations.supervision import supervised
 from dpa_jax.activations.threshold import threshold
 
 CRITERIA = {
@@ -156,7 +157,8 @@ class DPA(nn.Module):
 
         Args:
             x: pre-activations, of the shape that ``pool`` takes; any floating dtype.
-            labels: [B] integers, -1 for samples to be left out. None: the plain threshold and nothing else.
+            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
+                it the plain threshold and nothing else.
             train: whether the memories are updated. Without, they are read for the penalty where
                 the call's ``mutable`` asks for it.
 
@@ -171,6 +173,7 @@ class DPA(nn.Module):
             self.variable("forward_memory", "step", jnp.zeros, (), jnp.int32)
             self.variable("backward_memory", "mean", jnp.zeros, shape, jnp.float32)
             return y
+        labels, train = supervised(labels, train)
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
             return y
 

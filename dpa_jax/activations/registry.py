@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
 """Name -> factory of modules; `register` adds to it."""
 
 
-def activation(name: str, **options) -> Callable[..., nn.Module]:
+def activation(name: str, **options) -> ActivationFactory:
     """A factory of activation modules, as the models' ``activation=`` takes it.
 
     ========================= =====================================================================
@@ -69,16 +70,34 @@ def activation(name: str, **options) -> Callable[..., nn.Module]:
         **options: attributes of the module.
 
     Returns:
-        A callable that makes a module; its modules are called as ``module(x, labels=None, train=False)``.
+        What makes a module, to be called as ``module(x, labels=None, train=False)``. Where a model wants a
+        function instead, it serves as one: ``factory(x)`` makes a module on the spot (`ActivationFactory`), and
+        `dpa_jax.supervise` hands it the labels.
 
     Raises:
         ValueError: for an unknown name (with the nearest ones).
         TypeError: for an option that the activation does not have.
     """
     check_choice("activation", "name", name, ACTIVATIONS)
-    factory = functools.partial(ACTIVATIONS[name], **options)
+    factory = ActivationFactory(functools.partial(ACTIVATIONS[name], **options))
     factory(parent=None)  # a wrong option shows here, not in the middle of a model
     return factory
+
+
+class ActivationFactory:
+    """Makes a module, or, called with an array as a plain activation is, makes one and applies it at once.
+
+    The latter serves models that offer ``act=some_function`` and call ``self.act(x)`` in a compact method: every such
+    call becomes a submodule of its own.
+    """
+
+    def __init__(self, make: Callable[..., nn.Module]):
+        self._make = make
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """``factory(name=...)`` is a module; ``factory(x)`` is ``factory()(x)``."""
+        module = self._make(**options)
+        return module(*inputs) if inputs else module
 
 
 def register(name: str, factory: Callable[..., nn.Module]) -> None:

@@ -41,6 +41,8 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
         name, array = _to_flax(name, np.asarray(array, np.float32))
         if name not in expected:
             raise ValueError(f"{torch_name!r} is no parameter of {type(model).__name__} (there is no {name!r})")
+        if array.squeeze().shape == expected[name].shape:
+            array = array.squeeze()  # a Linear to one feature keeps an axis for it
         if array.shape != expected[name].shape:
             raise ValueError(
                 f"{torch_name!r} has shape {array.shape} in Flax's layout; "

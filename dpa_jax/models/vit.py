@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpa_jax.activations import ARR
 from dpa_jax.activations import activation as make_activation
 
 # The reference cuts its normal at +-2, a hundred standard deviations out.
@@ -100,6 +101,7 @@ class ViT(nn.Module):
         mlp_ratio: width of the MLPs in units of D.
         dropout: rate after embeddings, attention projections and MLP layers.
         stochastic_depth: drop rate of the last block's branches; linear from 0 at the first.
+        arr: an `ARR` after every block, on the class token of the residual stream (DNRT).
         dtype: compute dtype; parameters and logits are float32.
 
     Raises:
@@ -117,6 +119,7 @@ class ViT(nn.Module):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    arr: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def __post_init__(self):
@@ -172,6 +175,8 @@ class ViT(nn.Module):
                 dtype=self.dtype,
                 name=f"block{i}",
             )(x, labels, train)
+            if self.arr:
+                x = ARR(self.num_classes, name=f"arr{i}")(x, labels, train)
         x = _LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])
         return _Dense(self.num_classes, name="head")(x.astype(jnp.float32))
 
@@ -184,5 +189,8 @@ class ViT(nn.Module):
         (r"blocks\.(\d+)\.attn\.proj\.", r"block\1.attention.projection."),
         (r"blocks\.(\d+)\.mlp\.fc1\.", r"block\1.mlp.expand."),
         (r"blocks\.(\d+)\.mlp\.fc2\.", r"block\1.mlp.reduce."),
+        (r"blocks\.(\d+)\.mlp\.act\.shift_proj_weight", r"block\1.mlp.activation.shift_kernel"),
+        (r"blocks\.(\d+)\.mlp\.act\.shift_proj_bias", r"block\1.mlp.activation.shift_bias"),
+        (r"blocks\.(\d+)\.mlp\.act\.", r"block\1.mlp.activation."),
         (r"blocks\.(\d+)\.", r"block\1."),
     )

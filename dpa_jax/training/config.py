@@ -43,11 +43,11 @@ def default_config() -> ConfigDict:
     """
     config = ConfigDict(
         {
-            # The activation: a name that `dpa_jax.activation` knows, and its options (tau, momentum, ...).
+            # A name that `dpa_jax.activation` knows, or dnrt (RAA, and ARR behind every block), and its options (tau, ...).
             "mechanism": "dpa",
             "mechanism_options": {},
-            # The weight of each penalty in the loss, by the penalty's name; the papers' lambda.
-            "coefficients": {"channel": 5.0},
+            # The weight of each penalty in the loss: DPA's lambda, DNRT's lambda, AIEC's two; the papers' on CIFAR-100.
+            "coefficients": {"channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0},
             # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
             "model": "vit",
             "model_options": {},

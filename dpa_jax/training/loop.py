@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from dpa_jax.activations import reset_counters
 from dpa_jax.data import augment, sources
 from dpa_jax.data.pipeline import Feed
 from dpa_jax.training.checkpoint import Checkpoints
@@ -49,6 +50,7 @@ class Program:
         eval_step: compiled (variables, batch) -> Evaluation.
         add: compiled sum of two Evaluations.
         clear_metrics: compiled; the state with its averages back at nothing.
+        reset_counters: compiled; the state as its mechanism wants it on entering evaluation.
         schedule: step -> learning rate.
     """
 
@@ -60,6 +62,7 @@ class Program:
     eval_step: Callable
     add: Callable
     clear_metrics: Callable
+    reset_counters: Callable
     schedule: Callable
 
 
@@ -135,6 +138,11 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
             out_shardings=replicated,
             donate_argnums=0,
         ),
+        reset_counters=jax.jit(
+            lambda state: state.replace(model_state=reset_counters(state.model_state)),
+            out_shardings=replicated,
+            donate_argnums=0,
+        ),
         schedule=schedule,
     )
 
@@ -204,6 +212,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             evaluation: dict[str, float] = {}
             if epoch_ends:
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
+                    state = program.reset_counters(state)
                     evaluation = {f"eval_{k}": v for k, v in run_evaluation(program, state, config).items()}
                     _finite(evaluation, step, workdir)  # the last update is seen here for the first time
                 record = {

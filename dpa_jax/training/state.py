@@ -60,16 +60,18 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     Raises:
         ValueError: for names and options that do not exist.
     """
-    check_choice("config", "mechanism", config.mechanism, ACTIVATIONS)
+    check_choice("config", "mechanism", config.mechanism, [*ACTIVATIONS, "dnrt"])
     check_choice("config", "model", config.model, models.MODELS)
-    model, mechanism = models.MODELS[config.model], ACTIVATIONS[config.mechanism]
-    given = {"activation": None, "in_channels": in_channels, "dtype": jnp.dtype(config.precision)}
+    # DNRT is two things: RAA as the activation, and ARR behind the blocks.
+    name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
+    model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
+    given = {**arr, "activation": None, "in_channels": in_channels, "dtype": jnp.dtype(config.precision)}
     _check_options("model_options", config.model_options, model, ("num_classes", *given))
     _check_options("mechanism_options", config.mechanism_options, mechanism, ("num_classes",))
     options = dict(config.mechanism_options)
     if "num_classes" in inspect.signature(mechanism).parameters:
         options["num_classes"] = num_classes
-    given["activation"] = activation(config.mechanism, **options)
+    given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
 
 
