@@ -47,11 +47,11 @@ def test_the_papers_recipe():
     config = load(next(path for path in CONFIGS if path.stem == "cifar100_vit"))
     assert (config.epochs, config.batch_size, config.clip_norm) == (300, 256, 1.0)
     assert config.optimizer.learning_rate == pytest.approx(0.0005 * 256 / 512)
-    assert config.coefficients.to_dict() == {"channel": 5.0}
+    assert config.coefficients.to_dict() == {"channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0}
     config.batch_size = 1024
     assert config.optimizer.learning_rate == pytest.approx(0.0005 * 1024 / 512)
     config10 = load(next(path for path in CONFIGS if path.stem == "cifar10_vit"))
-    assert (config10.data.name, config10.coefficients.channel) == ("cifar10", 1.0)
+    assert (config10.data.name, config10.coefficients.channel, config10.coefficients.arr) == ("cifar10", 1.0, 10.0)
 
 
 def test_a_typo_in_a_configuration_file_raises_with_the_nearest_key():
