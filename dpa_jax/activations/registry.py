@@ -78,7 +78,7 @@ def activation(name: str, **options) -> ActivationFactory:
         ValueError: for an unknown name (with the nearest ones).
         TypeError: for an option that the activation does not have.
     """
-    check_choice("activation", "name", name, ACTIVATIONS)
+    check_choice("activation", "name", name, sorted(ACTIVATIONS))
     factory = ActivationFactory(functools.partial(ACTIVATIONS[name], **options))
     factory(parent=None)  # a wrong option shows here, not in the middle of a model
     return factory
