@@ -1,18 +1,30 @@
-"""What README says is true: its example runs, its commands are those that are tested."""
+"""What README and the pages of docs say is true: their examples run, what they name exists."""
 
 import pathlib
 import re
 import tomllib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def run_examples(page):
+    """The Python blocks of a page, one after the other, as a reader would paste them."""
+    example = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+    exec(compile(example, page.name, "exec"), {"__name__": "__main__"})
+
+
 def test_example_runs_and_learns(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    run_examples(ROOT / "README.md")
     (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) > 0.8
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_examples_of_the_pages_run(page):
+    run_examples(page)
 
 
 def test_files_that_it_names_exist():
