@@ -7,6 +7,7 @@ in the data follows from the step alone: a resumed run needs to remember nothing
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -127,6 +128,13 @@ class Feed:
     def sampler(self) -> Sampler:
         """The order of the training images."""
         return Sampler(len(self.split), self.batch_size, self.seed)
+
+    def reordered(self, seed: int) -> Feed:
+        """The same images, which are not put on the devices again, in the training order of another seed."""
+        feed = copy.copy(self)
+        feed.seed = seed
+        vars(feed).pop("sampler", None)
+        return feed
 
     def train(self, step: int) -> Batch:
         """The batch of a 0-based training step."""

@@ -44,7 +44,7 @@ class Program:
     Attributes:
         train_feed: batches of the training images.
         eval_feed: batches of the evaluation images.
-        init: () -> TrainState on the devices.
+        init: (seed=config.seed) -> TrainState on the devices.
         abstract_state: shapes, dtypes and shardings of a TrainState.
         train_step: compiled (state, batch) -> (state, metrics); donates the state.
         eval_step: compiled (variables, batch) -> Evaluation.
@@ -116,7 +116,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
     # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer, seed=config.seed)
     _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create(())), train_feed.train(0))
-    init = jax.jit(lambda: create(tuple(metrics)), out_shardings=replicated)
+    init = jax.jit(lambda seed=config.seed: create(tuple(metrics), seed=seed), out_shardings=replicated)
     abstract_state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(init)
     )
@@ -206,7 +206,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             unseen.append((step, metrics))
             while len(unseen) > (0 if save else 1):
                 seen, figures = unseen.pop(0)
-                progress.update(seen, _finite(jax.device_get(figures), seen, workdir))
+                progress.update(seen, check_finite(jax.device_get(figures), seen, workdir))
 
             # ---------------- Evaluate and record ----------------
             evaluation: dict[str, float] = {}
@@ -214,12 +214,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
                     state = program.reset_counters(state)
                     evaluation = {f"eval_{k}": v for k, v in run_evaluation(program, state, config).items()}
-                    _finite(evaluation, step, workdir)  # the last update is seen here for the first time
+                    check_finite(evaluation, step, workdir)  # the last update is seen here for the first time
                 record = {
                     "epoch": epoch,
                     "step": step,
                     "lr": float(program.schedule(step - 1)),
-                    **_train_figures(state),
+                    **train_figures(state),
                     **evaluation,
                     "images_per_second": progress.images_per_second,
                 }
@@ -277,8 +277,8 @@ def run_evaluation(program: Program, state: TrainState, config: ConfigDict) -> d
     return {name: float(value) for name, value in figures.items()}
 
 
-def _finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> Mapping[str, float]:
-    """The figures of a step, unless one of them is not a finite number."""
+def check_finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> Mapping[str, float]:
+    """The figures of a step; raises NonFiniteError if one of them is not a finite number."""
     for name in sorted(figures, key=lambda name: "loss_" not in name):  # the terms before their sum
         if not np.isfinite(figures[name]):
             raise NonFiniteError(
@@ -288,7 +288,7 @@ def _finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> M
     return figures
 
 
-def _train_figures(state: TrainState) -> dict[str, float]:
+def train_figures(state: TrainState) -> dict[str, float]:
     """The averages of the epoch: ``train_loss`` and ``train_top1`` first, then the rest under their own names."""
     figures = {name: float(ratio.value()) for name, ratio in jax.device_get(state.metrics).items()}
     return {"train_loss": figures.pop("loss"), "train_top1": figures.pop("top1"), **figures}

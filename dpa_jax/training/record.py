@@ -51,8 +51,7 @@ class Recorder:
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._path = self.workdir / "metrics.jsonl"
         if self._path.exists():
-            found = self._path.read_text(errors="replace")
-            self._history = [record for record in _parse(found, self._path) if record["step"] <= step]
+            self._history = [record for record in read_history(self.workdir) if record["step"] <= step]
             _replace(self._path, "".join(_line(record) for record in self._history))
         _replace(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2, default=str) + "\n")
         self._step = step
@@ -105,6 +104,12 @@ class Recorder:
                 plot_curves(self._history, self.workdir / "curves.png")
 
 
+def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The records in a run's folder, oldest first, without what was written by halves; none where none were written."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return _parse(path.read_text(errors="replace"), path) if path.exists() else []
+
+
 def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.Path) -> None:
     """Draws loss and top-1 over the epochs, and masked channels and learning rate where they were recorded.
 
@@ -116,7 +121,6 @@ def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.
         ValueError: there is no record with an `epoch`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     runs = dict(histories) if isinstance(histories, Mapping) else {"": histories}
     recorded = {name for history in runs.values() for record in history for name in record}
@@ -131,7 +135,7 @@ def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         both = len(lines) > 1  # train and eval, to be told apart
         scale = 100.0 if title.endswith("(%)") else 1.0
-        for (run, history), colour in zip(runs.items(), _colours(len(runs)), strict=True):
+        for (run, history), colour in zip(runs.items(), run_colours(len(runs)), strict=True):
             for key, split in lines:
                 points = [(r["epoch"], scale * r[key]) for r in history if r.get(key) is not None]
                 if points:
@@ -144,23 +148,36 @@ def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.
                         markersize=4,
                         label=f"{run} {split}".strip() if both else run,
                     )
-        axes.set_title(title, fontsize=10, loc="left", color="#222222")
-        axes.set_xlabel("epoch", fontsize=9, color="#444444")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.tick_params(labelsize=8, length=0, colors="#444444")
-        axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color("#b8bec5")
-        if title == "learning rate":
-            axes.yaxis.set_major_formatter("{x:g}")  # an exponent of its own would push the title up
+        style_panel(axes, title)
     first = figure.axes[0]
     first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor="#222222")
     figure.savefig(path)
 
 
-def _colours(count: int) -> list[str]:
+def style_panel(axes: Any, title: str) -> None:
+    """Gives a panel with epochs along it the look that all pictures share.
+
+    Args:
+        axes: matplotlib's, with the lines in them.
+        title: of the panel.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=10, loc="left", color="#222222")
+    axes.set_xlabel("epoch", fontsize=9, color="#444444")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.tick_params(labelsize=8, length=0, colors="#444444")
+    axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#b8bec5")
+    if title == "learning rate":
+        axes.yaxis.set_major_formatter("{x:g}")  # an exponent of its own would push the title up
+
+
+def run_colours(count: int) -> list[str]:
+    """So many colours for runs beside each other; from the seventh on they come again."""
     return [_RUN_COLOURS[i % len(_RUN_COLOURS)] for i in range(count)]
 
 
@@ -176,7 +193,7 @@ def _parse(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a kill can only cut the last one
                 message = f"{path}: line {number} is no record and is dropped"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
     return records
 
 
