@@ -1,0 +1,293 @@
+"""Whole runs, in this process."""
+
+import itertools
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import sklearn.metrics
+
+from dpa_jax.training.checkpoint import Checkpoints
+from dpa_jax.training.config import OPTIMIZERS, SCHEDULES, default_config
+from dpa_jax.training.loop import NonFiniteError, build, evaluate, train_and_evaluate
+from dpa_jax.training.optimizer import make_optimizer, make_schedule
+from dpa_jax.training.state import create_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+    """These tests compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def small(**changes):
+    """6 steps an epoch (48 images, 8 a step), and 20 held-out images, which the last batch is not filled by."""
+    config = default_config()
+    config.model_options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    config.data.update(name="synthetic", image_size=8, channels=1, num_classes=4)
+    config.data.update(train_examples=48, test_examples=20)
+    config.update(batch_size=8, eval_batch_size=8, epochs=2)
+    config.optimizer.learning_rate = 0.01
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        group = config
+        for part in groups:
+            group = group[part]
+        group[name] = value
+    return config
+
+
+def run_steps(program, steps):
+    """The state after so many steps, and the metrics of each."""
+    state, seen = program.init(), []
+    for step in range(steps):
+        state, metrics = program.train_step(state, program.train_feed.train(step))
+        seen.append(jax.device_get(metrics))
+    return state, seen
+
+
+def restore(config, workdir, step=None):
+    """The step and state of the newest checkpoint, or the state of a step."""
+    with Checkpoints(workdir / "checkpoints", keep=3, read_only=True) as checkpoints:
+        return checkpoints.restore(build(config).abstract_state, step)
+
+
+def normalized(split):
+    """Images as the model gets them: synthetic data without augmentation."""
+    return (split.images / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
+
+
+def flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The configuration of a run that has ended, its folder and what it returned."""
+    config, workdir = small(), tmp_path_factory.mktemp("finished")
+    return config, workdir, train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def steps_of_finished():
+    """The metrics of each of that run's steps, from a program of its own."""
+    return run_steps(build(small()), 12)[1]
+
+
+@pytest.mark.core
+def test_one_device_equals_eight():
+    config = small(model_options__depth=2, augment__crop="pad", augment__padding=1)
+    config.model_options.update(dropout=0.1, stochastic_depth=0.1)
+    (one, on_one), (eight, on_eight) = (
+        run_steps(build(config, devices), 12) for devices in (jax.devices()[:1], jax.devices())
+    )
+    assert len(eight.params["head"]["bias"].sharding.device_set) == 8
+    for step, (a, b) in enumerate(zip(on_one, on_eight, strict=True), start=1):
+        for name in ("loss", "loss_cross_entropy", "loss_channel"):
+            np.testing.assert_allclose(b[name], a[name], rtol=0, atol=1e-5, err_msg=f"{name} at step {step}")
+    # Two updates of the memories (at steps 5 and 10), and masks that follow from them.
+    assert on_one[-1]["masked_fraction"] > 0
+    memories = [flat((state.backward_memory, state.model_state)) for state in (one, eight)]
+    for path, memory in memories[0].items():
+        assert memory.any(), path
+        np.testing.assert_allclose(memories[1][path], memory, rtol=0, atol=1e-4, err_msg=path)
+
+
+def test_evaluation_counts_the_whole_split(finished):
+    config, workdir, last = finished
+    figures = evaluate(config, workdir)[last["step"]]
+    assert figures == {name[5:]: value for name, value in last.items() if name.startswith("eval_")}
+
+    # By hand: all 20 images at once, without batches, padding or counts.
+    program = build(config)
+    split, state = program.eval_feed.split, jax.device_get(restore(config, workdir)[1])
+    logits = np.asarray(jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)))
+    log_probabilities, taken = log_softmax(logits), np.argmax(logits, axis=1)
+    scores = sklearn.metrics.precision_recall_fscore_support(split.labels, taken, average="macro", zero_division=0)
+    wanted = {
+        "loss_cross_entropy": -np.mean(log_probabilities[np.arange(20), split.labels]),
+        "top1": np.mean(taken == split.labels),
+        "top5": 1.0,
+        **dict(zip(("precision", "recall", "f1"), scores[:3], strict=True)),
+    }
+    assert figures.keys() == {*wanted, "loss", "loss_channel"}
+    for name, value in wanted.items():
+        assert figures[name] == pytest.approx(value, abs=1e-5), name
+    total = figures["loss_cross_entropy"] + config.coefficients.channel * figures["loss_channel"]
+    assert figures["loss"] == pytest.approx(total, abs=1e-6)
+
+
+def test_what_a_run_leaves(finished):
+    config, workdir, last = finished
+    records = lines(workdir)
+    assert records[-1] == last
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 6), (2, 12)]
+    promised = {"epoch", "step", "lr", "train_loss", "train_top1", "eval_loss", "eval_top1", "images_per_second"}
+    promised |= {"loss_channel", "loss_cross_entropy", "masked_fraction"}
+    promised |= {f"eval_{name}" for name in ("top5", "recall", "precision", "f1")}
+    for record in records:
+        assert promised <= record.keys()
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["images_per_second"] > 0
+        total = record["loss_cross_entropy"] + config.coefficients.channel * record["loss_channel"]
+        assert record["train_loss"] == pytest.approx(total, abs=1e-5)
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["learning_rate"] == 0.01
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert {"6", "12"} <= {path.name for path in (workdir / "checkpoints").iterdir()}
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, capsys):
+    config, workdir, last = finished
+    before = contents(workdir)
+    assert train_and_evaluate(config, workdir) == last
+    assert contents(workdir) == before
+    assert f"nothing left to do after step 12 of 12 in {workdir}" in capsys.readouterr().err
+
+
+def test_a_seed_reproduces_a_run_whose_figures_are_means_over_an_epoch(finished, steps_of_finished):
+    _, workdir, _ = finished
+    for number, record in enumerate(lines(workdir)):
+        steps = steps_of_finished[6 * number : 6 * number + 6]
+        for name, key in {"loss": "train_loss", "top1": "train_top1", "loss_channel": "loss_channel"}.items():
+            assert record[key] == pytest.approx(np.mean([metrics[name] for metrics in steps]), abs=1e-6)
+
+
+def test_another_seed_gives_another_run(steps_of_finished):
+    program = build(small(seed=1))
+    _, seen = run_steps(program, 3)
+    for metrics, others in zip(seen, steps_of_finished, strict=False):
+        assert abs(metrics["loss"] - others["loss"]) > 1e-4
+    assert np.any(program.train_feed.sampler.indices(0)[0] != build(small()).train_feed.sampler.indices(0)[0])
+
+
+@pytest.mark.parametrize(("mechanism", "precision"), [("dpa", "bfloat16"), ("gelu", "bfloat16"), ("relu", "float32")])
+def test_learns_with_every_mechanism_and_precision(mechanism, precision, tmp_path):
+    config = small(mechanism=mechanism, precision=precision, label_smoothing=0.1, model_options__patch_size=8)
+    config.update(epochs=4, eval_every_epochs=3)
+    last = train_and_evaluate(config, tmp_path)
+    first, *_ = records = lines(tmp_path)
+    assert last["train_loss"] < first["train_loss"]
+    assert ("masked_fraction" in last) == ("loss_channel" in last) == (mechanism == "dpa")
+    assert ["eval_loss" in record for record in records] == [False, False, True, True]
+    _, state = restore(config, tmp_path)
+    kept = flat((state.params, state.backward_memory, state.model_state, state.opt_state))
+    assert {str(leaf.dtype) for leaf in kept.values()} == {"float32", "int32"}
+
+
+def test_label_smoothing():
+    config = small(label_smoothing=0.5, mechanism="relu", model_options__patch_size=8)
+    program = build(config, jax.devices()[:1])
+    state, split = program.init(), program.train_feed.split
+    index, _ = program.train_feed.sampler.indices(0)
+    logits = jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)[index])
+    targets = 0.5 * np.eye(4)[split.labels[index]] + 0.5 / 4
+    _, metrics = program.train_step(state, program.train_feed.train(0))
+    wanted = -np.mean(np.sum(targets * log_softmax(logits), axis=1))
+    assert metrics["loss"].item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "schedule"), list(zip(OPTIMIZERS, SCHEDULES, strict=True)))
+def test_every_optimizer_and_every_schedule_learns(optimizer, schedule):
+    config = small(mechanism="gelu", optimizer__name=optimizer, schedule__name=schedule, epochs=4)
+    config.model_options.patch_size = 8
+    config.schedule.update(warmup_epochs=1, step_epochs=2, milestones=(2,))
+    config.optimizer.learning_rate = {"sgd": 0.05, "rmsprop": 0.001}.get(optimizer, 0.01)
+    _, seen = run_steps(build(config, jax.devices()[:1]), 24)
+    losses = [metrics["loss"] for metrics in seen]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+
+
+@pytest.mark.parametrize(("optimizer", "schedule"), list(itertools.product(OPTIMIZERS, SCHEDULES)))
+def test_every_optimizer_with_every_schedule_descends(optimizer, schedule):
+    # The warm-up may take as long as the run.
+    for warmup_epochs in (0, 4):
+        config = small(optimizer__name=optimizer, schedule__name=schedule, epochs=4)
+        config.schedule.update(warmup_epochs=warmup_epochs, step_epochs=2, milestones=(2,))
+        transform = make_optimizer(config, make_schedule(config.schedule, 0.01, 6.0, 24))
+        params = {"w": jnp.array([1.0, -2.0])}
+        state, update = transform.init(params), jax.jit(transform.update)
+        for _ in range(24):
+            updates, state = update(params, state, params)  # the gradient of |w|^2 / 2 is w
+            params = optax.apply_updates(params, updates)
+        assert np.all(np.abs(params["w"]) < np.array([1.0, 2.0])), warmup_epochs
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
+    config = small(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", clip_norm=0.0)
+    config.schedule.update(name="multistep", milestones=(1,), gamma=1e30)  # the first update of epoch 2 breaks all
+    with pytest.raises(NonFiniteError, match=r"loss_cross_entropy is (nan|inf) at step 8\. .* kept in .*lower"):
+        train_and_evaluate(config, tmp_path)
+    step, state = restore(config, tmp_path)
+    assert step == 6
+    assert all(np.all(np.isfinite(leaf)) for leaf in flat(state).values())
+    assert [record["step"] for record in lines(tmp_path)] == [6]
+
+
+def test_an_update_that_breaks_the_model_is_not_saved_as_the_best(tmp_path):
+    config = small(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", batch_size=48)
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(NonFiniteError, match=r"eval_loss_cross_entropy is (nan|inf) at step 1\."):
+        train_and_evaluate(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    step, state = restore(config, workdir)
+    params = jax.tree.map(lambda leaf: leaf, state.params)
+    bias = params["block0"]["mlp"]["expand"]["bias"]
+    params["block0"]["mlp"]["expand"]["bias"] = jnp.full_like(bias, 3e19)  # its square is no float32
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        checkpoints.save(step + 1, state.replace(params=params, step=state.step + 1))
+    config = small(epochs=3)
+    with pytest.raises(NonFiniteError, match=r"loss_channel is inf at step 14\."):
+        train_and_evaluate(config, tmp_path)
+    assert restore(config, tmp_path)[0] == 13
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mechanism_options__tau": "high"}, r"mechanism_options\.tau must be a finite float; got 'high'"),
+        ({"mechanism_options__tau": -1.0}, r"DPA: tau must be at least 0; got -1\.0"),
+        ({"mechanism_options__num_classes": 7}, r"a key of mechanism_options must be one of tau"),
+        ({"mechanism": "relu", "mechanism_options__tau": 1.0}, r"mechanism_options must be empty .*'tau'"),
+        ({"model_options__dpeth": 2}, r"a key of model_options must be .*Did you mean 'depth'"),
+        ({"model_options__dropout": "high"}, r"model_options\.dropout must be a finite float; got 'high'"),
+        ({"model_options__in_channels": 3}, r"a key of model_options must be one of"),
+        ({"model_options__patch_size": 3}, r"patch_size 3 does not divide image_size 8"),
+        ({"data__name": "digit"}, r"no data set 'digit'; did you mean 'digits'"),
+        ({"batch_size": 64}, r"batch_size must be between 1 and the 48 images"),
+        ({"batch_size": 12}, r"batch_size must be a positive multiple of the 8 devices, not 12"),
+        ({"schedule__warmup_epochs": 3}, r"warmup_epochs must be at most epochs; got 3 of 2\. .*=2\.$"),
+        ({"coefficients": {}}, r"config\.coefficients has no entry for the penalty 'channel'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_build_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build(small(**changes))
