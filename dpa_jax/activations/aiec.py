@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,12 +32,14 @@ class AIECRecord:
         logits: [B, K] float32, the layer's own decision, with gradient.
         irrelevant: [K, C] bool, the channels that both views find irrelevant to a class.
         labels: [B] int32.
+        axis_name: of the module.
     """
 
     values: jax.Array
     logits: jax.Array
     irrelevant: jax.Array
     labels: jax.Array
+    axis_name: str | None = struct.field(pytree_node=False)
 
     @staticmethod
     def summarize(records: list[AIECRecord]) -> Summary:
@@ -48,11 +50,12 @@ class AIECRecord:
             labels = jnp.where(labelled, group.labels, 0)
             entropies = optax.softmax_cross_entropy_with_integer_labels(group.logits, labels)
             samples = jnp.sum(labelled, dtype=jnp.float32)
-            aux += Ratio(jnp.sum(jnp.where(labelled, entropies, 0.0)), samples)
+            aux += Ratio(jnp.sum(jnp.where(labelled, entropies, 0.0)), samples).share(group.axis_name)
             mask = consensus_mask(group)
             count = jnp.sum(mask, dtype=jnp.float32)
-            gate += Ratio(jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0)), count)
-            masked += Ratio(count, samples * group.values.shape[-1])
+            total = jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0))
+            gate += Ratio(total, count).share(group.axis_name)
+            masked += Ratio(count, samples * group.values.shape[-1]).share(group.axis_name)
         return Summary(terms={"aux": aux, "gate": gate}, masked=masked)
 
 
@@ -61,13 +64,16 @@ def consensus_mask(record: AIECRecord) -> jax.Array:
     return jax.vmap(mem.recall)(record.irrelevant, record.labels)
 
 
-def count_activity(values: jax.Array, logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def count_activity(
+    values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Over the samples that the layer itself classifies correctly, how often each channel was on and off.
 
     Args:
         values: [B, C], pooled activations, at least 0.
         logits: [B, K].
         labels: [B] integers; invalid ones are never classified correctly.
+        axis_name: the mapped axis over which the batch is spread, if any.
 
     Returns:
         Active and inhibited, [K, C] int32, and total, [K] int32.
@@ -77,8 +83,55 @@ def count_activity(values: jax.Array, logits: jax.Array, labels: jax.Array) -> t
     members = (labels[:, None] == classes[None, :]) & correct[:, None]
     # Zeros and ones are exact in every precision of the product, and so are their sums up to 2^24.
     active = jnp.matmul(members.T.astype(jnp.float32), (values > 0).astype(jnp.float32)).astype(jnp.int32)
-    total = jnp.sum(members, axis=0, dtype=jnp.int32)
+    active, total = mem.sum_devices((active, jnp.sum(members, axis=0, dtype=jnp.int32)), axis_name)
     return active, total[:, None] - active, total
+
+
+class Counters(NamedTuple):
+    """An AIEC's counters, int32: [K, C], [K, C], [K] and []."""
+
+    active: jax.Array
+    inhibited: jax.Array
+    total: jax.Array
+    step: jax.Array
+
+
+def strict_threshold(x: jax.Array, tau: float) -> jax.Array:
+    """The threshold of AIEC: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
+    return jnp.where(x <= tau, jnp.zeros((), x.dtype), x)
+
+
+def observe(
+    act: AIEC, x: jax.Array, labels: jax.Array, weights: jax.Array, counters: Counters, train: bool
+) -> tuple[jax.Array, Counters, AIECRecord]:
+    """AIEC with labels, as a function of its state.
+
+    Args:
+        act: the settings.
+        x: pre-activations, of the shape that the pool takes.
+        labels: [B] integers.
+        weights: [K, C] float32, the decision weights.
+        counters: before this batch.
+        train: whether the counters are updated.
+
+    Returns:
+        The output, the counters after this batch and the record.
+    """
+    y, labels = strict_threshold(x, act.tau), jnp.asarray(labels)
+    check_labels("AIEC", x, labels)
+    check_memory("AIEC", counters.active, act.num_classes, x.shape[-1])
+    values = mem.pool(y, act.pool)
+    logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
+    if train:
+        step = (counters.step + 1) % act.update_interval
+        counted = count_activity(values, logits, labels, act.axis_name)
+        active, inhibited, total = (
+            old + jnp.where(step == 0, new, 0) for old, new in zip(counters[:3], counted, strict=True)
+        )
+        counters = Counters(active, inhibited, total, step)
+    # The sign of (active - inhibited) / total, of which the total is positive.
+    irrelevant = (counters.active <= counters.inhibited) & (weights <= 0)
+    return y, counters, AIECRecord(values, logits, irrelevant, labels, act.axis_name)
 
 
 class AIEC(nn.Module):
@@ -111,6 +164,9 @@ class AIEC(nn.Module):
         update_interval: samples are counted in every ``update_interval``-th training call.
         pool: how an output becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
             over the middle axes of [B, ..., C], ``"none"`` for [B, C].
+        axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
+            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other.
+            Penalties are such that their mean over the devices, and that of their gradients, is the whole batch's.
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
@@ -120,6 +176,7 @@ class AIEC(nn.Module):
     tau: float = 0.0
     update_interval: int = 5
     pool: str = "token"
+    axis_name: str | None = None
 
     def __post_init__(self):
         check_range("AIEC", "num_classes", self.num_classes, low=1)
@@ -142,41 +199,30 @@ class AIEC(nn.Module):
         Returns:
             Array of the shape and dtype of ``x``.
         """
-        y = jnp.where(x <= self.tau, jnp.zeros((), x.dtype), x)
-        shape = (self.num_classes, x.shape[-1])
         if self.is_initializing():
-            mem.pool(y, self.pool)  # a wrong shape shows here, not in the first training step
+            mem.pool(x, self.pool)  # a wrong shape shows here, not in the first training step
+            shape = (self.num_classes, x.shape[-1])
             self._decision_weights(shape)
             for name in ("active", "inhibited"):
                 self.variable("activity_counters", name, jnp.zeros, shape, jnp.int32)
             self.variable("activity_counters", "total", jnp.ones, shape[:1], jnp.int32)
             self.variable("activity_counters", "step", jnp.zeros, (), jnp.int32)
-            return y
+            return strict_threshold(x, self.tau)
         labels, train = supervised(labels, train)
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
-            return y
+            return strict_threshold(x, self.tau)
 
-        labels = jnp.asarray(labels)
-        check_labels("AIEC", x, labels)
-        names = ("active", "inhibited", "total", "step")
-        active, inhibited, total, step = (stored_variable(self, "activity_counters", name) for name in names)
-        check_memory("AIEC", active.value, *shape)
-
-        values = mem.pool(y, self.pool)
-        weights = self._decision_weights(shape)
-        logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
+        stored = [stored_variable(self, "activity_counters", name) for name in Counters._fields]
+        counters = Counters(*[variable.value for variable in stored])
+        weights = self._decision_weights(counters.active.shape)  # observe says what does not fit the input
+        y, counters, record = observe(self, x, labels, weights, counters, train)
         if train:
-            step.value = (step.value + 1) % self.update_interval
-            update = step.value == 0
-            counters = (active, inhibited, total)
-            for counter, counted in zip(counters, count_activity(values, logits, labels), strict=True):
-                counter.value += jnp.where(update, counted, 0)
-        # The sign of (active - inhibited) / total, of which the total is positive.
-        irrelevant = (active.value <= inhibited.value) & (weights <= 0)
-        self.sow(RECORDS, "aiec", AIECRecord(values, logits, irrelevant, labels))
+            for variable, value in zip(stored, counters, strict=True):
+                variable.value = value
+        self.sow(RECORDS, "aiec", record)
         return y
 
-    def _decision_weights(self, shape: tuple[int, int]) -> jax.Array:
+    def _decision_weights(self, shape: tuple[int, ...]) -> jax.Array:
         return self.param("decision_weights", nn.initializers.xavier_uniform(), shape)
 
 

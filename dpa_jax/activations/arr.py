@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -44,6 +46,7 @@ class ARRRecord:
         labels: [B] int32.
         counted: [B] bool, the samples that the penalty is over.
         steps: how each sample moves its class's row; None where the memory was only read.
+        axis_name: of the module.
     """
 
     values: jax.Array
@@ -51,6 +54,7 @@ class ARRRecord:
     labels: jax.Array
     counted: jax.Array
     steps: Steps | None
+    axis_name: str | None = struct.field(pytree_node=False)
 
     @staticmethod
     def summarize(records: list[ARRRecord]) -> Summary:
@@ -62,13 +66,14 @@ class ARRRecord:
             # The gradient of |.| at 0, which every first sample of a class hits, is 0 here: JAX's own abs has 1.
             distances = away * jax.lax.stop_gradient(jnp.sign(away))
             total = jnp.sum(jnp.where(group.counted[:, :, None], distances, 0.0))
-            by_width[width] += Ratio(total, width * jnp.sum(group.counted, dtype=jnp.float32))
+            count = width * jnp.sum(group.counted, dtype=jnp.float32)
+            by_width[width] += Ratio(total, count).share(group.axis_name)
         ratios = [by_width[width] for width in sorted(by_width)]
         return Summary(terms={"arr": jax.tree.map(lambda *groups: jnp.stack(groups), *ratios)})
 
 
 def response_steps(
-    labels: jax.Array, count: jax.Array, momentum: float, update_interval: int
+    labels: jax.Array, count: jax.Array, momentum: float, update_interval: int, axis_name: str | None = None
 ) -> tuple[Steps, mem.UpdateWeights, jax.Array]:
     """What the labels of a batch do to a memory in which a class's every ``update_interval``-th sample enters.
 
@@ -80,11 +85,13 @@ def response_steps(
         count: [K] int32, the samples of each class before this batch.
         momentum: weight m of a new value; a class's first value has weight 1.
         update_interval: u.
+        axis_name: the mapped axis over which the batch is spread, if any.
 
     Returns:
         Each sample's step, the weights of the batch as a whole, and the new count [K].
     """
     num_classes = count.shape[0]
+    labels = mem.gather_labels(labels, axis_name)
     valid = mem.valid_labels(labels, num_classes)
     labels = jnp.where(valid, labels, num_classes)
     ranks, in_batch = mem.class_ranks(labels, num_classes)
@@ -105,8 +112,9 @@ def response_steps(
     weights = gain * jnp.power(decay, later.astype(jnp.float32))
     # An unseen class's row is zero, so what is kept of it does not matter.
     kept = jnp.power(decay, (entered(new_count) - entered(count)).astype(jnp.float32))
-    add = jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
-    return Steps(keep=keep, gain=gain), mem.UpdateWeights(keep=kept, add=add), new_count
+    add = mem.weight_matrix(labels, weights, num_classes, axis_name)
+    steps = Steps(keep=mem.own_part(keep, axis_name), gain=mem.own_part(gain, axis_name))
+    return steps, mem.UpdateWeights(kept, add, axis_name), new_count
 
 
 def response_means(record: ARRRecord) -> jax.Array:
@@ -114,7 +122,44 @@ def response_means(record: ARRRecord) -> jax.Array:
     if record.steps is None:
         return record.recalled
     terms = record.steps.gain[:, :, None] * jax.lax.stop_gradient(record.values)
-    return jax.vmap(mem.prefix_rows)(record.recalled, record.steps.keep, terms, record.labels)
+    prefix_rows = functools.partial(mem.prefix_rows, axis_name=record.axis_name)
+    return jax.vmap(prefix_rows)(record.recalled, record.steps.keep, terms, record.labels)
+
+
+class Memory(NamedTuple):
+    """An ARR's state: the mean response of each class [K, C] float32 and its samples so far [K] int32."""
+
+    mean: jax.Array
+    samples: jax.Array
+
+
+def observe(place: ARR, x: jax.Array, labels: jax.Array, memory: Memory, train: bool) -> tuple[Memory, ARRRecord]:
+    """ARR with labels, as a function of its state.
+
+    Args:
+        place: the settings.
+        x: responses, of the shape that the pool takes.
+        labels: [B] integers.
+        memory: before this batch.
+        train: whether the memory is updated.
+
+    Returns:
+        The memory after this batch and the record.
+    """
+    labels = jnp.asarray(labels)
+    check_labels("ARR", x, labels)
+    check_memory("ARR", memory.mean, place.num_classes, x.shape[-1])
+    values = mem.pool(x, place.pool)
+    recalled = mem.recall(memory.mean, labels)
+    if not train:
+        counted = mem.recall(memory.samples, labels) > 0
+        return memory, ARRRecord(values, recalled, labels, counted, None, place.axis_name)
+    steps, weights, count = response_steps(
+        labels, memory.samples, place.momentum, place.update_interval, place.axis_name
+    )
+    counted = mem.valid_labels(labels, place.num_classes)
+    mean = mem.update_memory(memory.mean, jax.lax.stop_gradient(values), weights)
+    return Memory(mean, count), ARRRecord(values, recalled, labels, counted, steps, place.axis_name)
 
 
 class ARR(nn.Module):
@@ -144,6 +189,9 @@ class ARR(nn.Module):
         update_interval: of a class's samples, the first and then every ``update_interval``-th enter the memory.
         pool: how an input becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
             over the middle axes of [B, ..., C], ``"none"`` for [B, C].
+        axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
+            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other.
+            Penalties are such that their mean over the devices, and that of their gradients, is the whole batch's.
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
@@ -153,6 +201,7 @@ class ARR(nn.Module):
     momentum: float = 0.1
     update_interval: int = 1
     pool: str = "token"
+    axis_name: str | None = None
 
     def __post_init__(self):
         check_range("ARR", "num_classes", self.num_classes, low=1)
@@ -184,20 +233,10 @@ class ARR(nn.Module):
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
             return x
 
-        labels = jnp.asarray(labels)
-        check_labels("ARR", x, labels)
         mean = stored_variable(self, "response_memory", "mean")
         count = stored_variable(self, "response_memory", "count")
-        check_memory("ARR", mean.value, self.num_classes, x.shape[-1])
-
-        values = mem.pool(x, self.pool)
-        recalled = mem.recall(mean.value, labels)
+        memory, record = observe(self, x, labels, Memory(mean.value, count.value), train)
         if train:
-            steps, weights, new_count = response_steps(labels, count.value, self.momentum, self.update_interval)
-            counted = mem.valid_labels(labels, self.num_classes)
-            mean.value = mem.update_memory(mean.value, jax.lax.stop_gradient(values), weights)
-            count.value = new_count
-        else:
-            steps, counted = None, mem.recall(count.value, labels) > 0
-        self.sow(RECORDS, "arr", ARRRecord(values, recalled, labels, counted, steps))
+            mean.value, count.value = memory
+        self.sow(RECORDS, "arr", record)
         return x

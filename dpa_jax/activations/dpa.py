@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.checks import check_choice, check_labels, check_memory, check_range
-from dpa_jax.activations.penalties import RECORDS, Ratio, Summary
+from dpa_jax.activations.checks import (
+    check_choice,
+    check_labels,
+    check_memory,
+    check_range,
+    stored_variable,
+)
+from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
 from dpa_jax.activations.supervision import supervised
 from dpa_jax.activations.threshold import threshold
 
@@ -46,28 +52,20 @@ class DPARecord(struct.PyTreeNode):
     tau: float = struct.field(pytree_node=False)
     momentum: float = struct.field(pytree_node=False)
     criterion: str = struct.field(pytree_node=False)
+    axis_name: str | None = struct.field(pytree_node=False)
 
     @staticmethod
     def summarize(records: list[DPARecord]) -> Summary:
         """The channel loss over all layers together: the mean of v^2 over all masked entries."""
         channel = masked = Ratio.zero()
-        for group in _stack_alike(records):
+        for group in stack_alike(records):
             mask = joint_mask(group)
             count = jnp.sum(mask, dtype=jnp.float32)
             labelled = jnp.sum(mem.valid_labels(group.labels, group.num_classes), dtype=jnp.float32)
-            channel += Ratio(jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0)), count)
-            masked += Ratio(count, labelled * group.values.shape[-1])
+            total = jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0))
+            channel += Ratio(total, count).share(group.axis_name)
+            masked += Ratio(count, labelled * group.values.shape[-1]).share(group.axis_name)
         return Summary(terms={"channel": channel}, masked=masked)
-
-
-def _stack_alike(records: list[DPARecord]) -> list[DPARecord]:
-    """Records of equal shapes and settings along one leading axis, so that one look serves all layers."""
-    groups = defaultdict(list)
-    for record in records:
-        lifted = record.update.ndim  # axes that nn.scan or nn.vmap put in front
-        layers = jax.tree.map(lambda leaf, n=lifted: leaf.reshape(-1, *leaf.shape[n:]), record)
-        groups[layers.values.shape[1:], jax.tree.structure(layers)].append(layers)
-    return [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups.values()]
 
 
 def joint_mask(record: DPARecord) -> jax.Array:
@@ -82,7 +80,7 @@ def joint_mask(record: DPARecord) -> jax.Array:
     values = jax.lax.stop_gradient(record.values)
 
     def after_own_update():
-        prefix_means = functools.partial(mem.prefix_means, momentum=record.momentum)
+        prefix_means = functools.partial(mem.prefix_means, momentum=record.momentum, axis_name=record.axis_name)
         rows = jax.vmap(prefix_means)(record.forward, values, record.labels)
         return jnp.where(record.update[:, None, None], rows, record.forward)
 
@@ -91,6 +89,58 @@ def joint_mask(record: DPARecord) -> jax.Array:
     joint = CRITERIA[record.criterion](forward < record.tau, record.backward < 0)
     labelled = mem.valid_labels(record.labels, record.num_classes)
     return joint & (values > record.tau) & labelled[:, :, None]
+
+
+class Memories(NamedTuple):
+    """A DPA's state: the memories, [K, C] float32, and the training calls modulo the interval, int32."""
+
+    forward: jax.Array
+    backward: jax.Array
+    step: jax.Array
+
+
+def observe(
+    act: DPA, x: jax.Array, labels: jax.Array, memories: Memories, train: bool
+) -> tuple[jax.Array, Memories, DPARecord]:
+    """DPA with labels, as a function of its state.
+
+    Args:
+        act: the settings.
+        x: pre-activations, of the shape that the pool takes.
+        labels: [B] integers.
+        memories: before this batch.
+        train: whether the memories are updated.
+
+    Returns:
+        The output, the memories after this batch (of which the backward one has yet to take its gradient)
+        and the record.
+    """
+    y, labels = threshold(x, act.tau), jnp.asarray(labels)
+    check_labels("DPA", x, labels)
+    for memory in (memories.forward, memories.backward):
+        check_memory("DPA", memory, act.num_classes, x.shape[-1])
+    values = mem.pool(x, act.pool)
+    record = DPARecord(
+        values=values,
+        forward=mem.recall(memories.forward, labels),
+        backward=mem.recall(jax.lax.stop_gradient(memories.backward), labels),
+        labels=labels,
+        update=jnp.zeros((), bool),
+        num_classes=act.num_classes,
+        tau=act.tau,
+        momentum=act.momentum,
+        criterion=act.criterion,
+        axis_name=act.axis_name,
+    )
+    if not train:
+        return y, memories, record
+    step = (memories.step + 1) % act.update_interval
+    update = step == 0
+    weights = mem.update_weights(labels, act.num_classes, act.momentum, act.axis_name)
+    y = mem.remember_gradient_signs(act.pool, y, memories.backward, weights, update)
+    forward = mem.update_memory(memories.forward, jax.lax.stop_gradient(values), weights)
+    forward = jnp.where(update, forward, memories.forward)
+    return y, Memories(forward, memories.backward, step), record.replace(update=update)
 
 
 class DPA(nn.Module):
@@ -117,6 +167,20 @@ class DPA(nn.Module):
         update, mutated = jax.grad(loss_fn, has_aux=True)(variables["backward_memory"])
         backward_memory = optax.apply_updates(variables["backward_memory"], update)
 
+    On a batch sharded under ``jit`` this is all. ``shard_map`` and ``pmap`` show a module its device's samples only;
+    ``axis_name`` gives it the others. ``shard_map`` sums gradients of replicated inputs itself: average the loss::
+
+        act = dpa_jax.DPA(num_classes=10, axis_name="data")
+
+        def loss_fn(params, backward_memory):  # with images and labels of one device
+            ...
+            loss = cross_entropy + 5.0 * dpa_jax.penalties(mutated)["channel"]
+            return jax.lax.pmean(loss, "data"), mutated
+
+        gradients, update = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, backward_memory)
+
+    ``pmap`` does not: there return the device's own loss and ``pmean`` the gradients.
+
     Variables:
         ``forward_memory``: ``mean`` [K, C] float32 and ``step`` [] int32, the training calls modulo the interval.
         ``backward_memory``: ``mean`` [K, C] float32.
@@ -130,6 +194,10 @@ class DPA(nn.Module):
             over the middle axes of [B, ..., C], ``"none"`` for [B, C].
         criterion: which perspectives mask a channel: ``"intersection"`` (the method), ``"union"``, ``"forward"``,
             ``"backward"`` or ``"all"`` (DPA, Table 3).
+        axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
+            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other.
+            Penalties are such that their mean over the devices, and that of their gradients, is the whole batch's;
+            the backward memory's update is the same on all devices, and its mean changes nothing.
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
@@ -141,6 +209,7 @@ class DPA(nn.Module):
     update_interval: int = 5
     pool: str = "token"
     criterion: str = "intersection"
+    axis_name: str | None = None
 
     def __post_init__(self):
         check_range("DPA", "num_classes", self.num_classes, low=1)
@@ -165,54 +234,23 @@ class DPA(nn.Module):
         Returns:
             Array of the shape and dtype of ``x``.
         """
-        y = threshold(x, self.tau)
-        shape = (self.num_classes, x.shape[-1])
         if self.is_initializing():
             mem.pool(x, self.pool)  # a wrong shape shows here, not in the first training step
+            shape = (self.num_classes, x.shape[-1])
             self.variable("forward_memory", "mean", jnp.zeros, shape, jnp.float32)
             self.variable("forward_memory", "step", jnp.zeros, (), jnp.int32)
             self.variable("backward_memory", "mean", jnp.zeros, shape, jnp.float32)
-            return y
+            return threshold(x, self.tau)
         labels, train = supervised(labels, train)
         if labels is None or not (train or self.is_mutable_collection(RECORDS)):
-            return y
+            return threshold(x, self.tau)
 
-        labels = jnp.asarray(labels)
-        check_labels("DPA", x, labels)
-        forward = self._memory("forward_memory", "mean")
-        backward = self._memory("backward_memory", "mean")
-        step = self._memory("forward_memory", "step")
-        for memory in (forward, backward):
-            check_memory("DPA", memory.value, *shape)
-
-        values = mem.pool(x, self.pool)
-        record = DPARecord(
-            values=values,
-            forward=mem.recall(forward.value, labels),
-            backward=mem.recall(jax.lax.stop_gradient(backward.value), labels),
-            labels=labels,
-            update=jnp.zeros((), bool),
-            num_classes=self.num_classes,
-            tau=self.tau,
-            momentum=self.momentum,
-            criterion=self.criterion,
-        )
+        forward = stored_variable(self, "forward_memory", "mean")
+        backward = stored_variable(self, "backward_memory", "mean")
+        step = stored_variable(self, "forward_memory", "step")
+        memories = Memories(forward.value, backward.value, step.value)
+        y, memories, record = observe(self, x, labels, memories, train)
         if train:
-            new_step = (step.value + 1) % self.update_interval
-            update = new_step == 0
-            weights = mem.update_weights(labels, self.num_classes, self.momentum)
-            new_mean = mem.update_memory(forward.value, jax.lax.stop_gradient(values), weights)
-            y = mem.remember_gradient_signs(self.pool, y, backward.value, weights, update)
-            record = record.replace(update=update)
-            forward.value = jnp.where(update, new_mean, forward.value)
-            step.value = new_step
+            forward.value, step.value = memories.forward, memories.step
         self.sow(RECORDS, "dpa", record)
         return y
-
-    def _memory(self, collection: str, name: str):
-        if not self.has_variable(collection, name):
-            raise ValueError(
-                f"DPA {'/'.join(self.path)!r}: {collection!r} is missing from the variables. Pass every "
-                "collection that model.init returned to model.apply."
-            )
-        return self.variable(collection, name, None)

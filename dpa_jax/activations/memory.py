@@ -11,11 +11,15 @@ batch, the rows after the batch are ``(1-m)^n_k * old + sum_i m (1-m)^(n_k - r_i
 it, one sum over devices. The rows that each sample sees on the way are a segmented scan (`prefix_means`).
 
 Labels outside 0..K-1 (-1 by convention: padding, unlabelled) take no part.
+
+Inside of ``shard_map``, ``pmap`` or ``vmap`` an ``axis_name`` says over which mapped axis the batch is spread: each
+device holds B samples of a global batch, which is the devices' batches one after the other.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +56,30 @@ def pool(x: jax.Array, how: str) -> jax.Array:
     return pooled.astype(jnp.float32)
 
 
+def gather_labels(labels: jax.Array, axis_name: str | None) -> jax.Array:
+    """The labels of the global batch, [B] -> [devices * B], the same array on every device."""
+    if axis_name is None:
+        return labels
+    size = labels.shape[0]
+    places = jnp.zeros(jax.lax.axis_size(axis_name) * size, labels.dtype)
+    places = jax.lax.dynamic_update_slice_in_dim(places, labels, jax.lax.axis_index(axis_name) * size, axis=0)
+    # A sum and not all_gather: shard_map then knows that all devices have the same, and so the memories.
+    return jax.lax.psum(places, axis_name)
+
+
+def own_part(gathered: jax.Array, axis_name: str | None) -> jax.Array:
+    """This device's samples of an array over the global batch: [devices * B, ...] -> [B, ...]."""
+    if axis_name is None:
+        return gathered
+    size = gathered.shape[0] // jax.lax.axis_size(axis_name)
+    return jax.lax.dynamic_slice_in_dim(gathered, jax.lax.axis_index(axis_name) * size, size, axis=0)
+
+
+def sum_devices(tree: Any, axis_name: str | None) -> Any:
+    """The sum of each array over the devices; the arrays themselves without an axis."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
 @struct.dataclass
 class UpdateWeights:
     """What the labels of a batch do to a memory: ``new = keep[:, None] * old + add.T @ values``.
@@ -59,10 +87,12 @@ class UpdateWeights:
     Attributes:
         keep: [K] float32, what is left of each old row.
         add: [B, K] float32, the weight of each sample in each row.
+        axis_name: the mapped axis whose devices' products are to be summed, if any.
     """
 
     keep: jax.Array
     add: jax.Array
+    axis_name: str | None = struct.field(pytree_node=False, default=None)
 
 
 def class_ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -82,21 +112,29 @@ def valid_labels(labels: jax.Array, num_classes: int) -> jax.Array:
     return (labels >= 0) & (labels < num_classes)
 
 
-def update_weights(labels: jax.Array, num_classes: int, momentum: float) -> UpdateWeights:
+def update_weights(labels: jax.Array, num_classes: int, momentum: float, axis_name: str | None = None) -> UpdateWeights:
     """The closed form's weights, exact for repeated classes; linear in the batch (a sort of the labels aside).
 
     Args:
         labels: [B] integers.
         num_classes: K.
         momentum: weight of the new value, in [0, 1].
+        axis_name: the mapped axis over which the batch is spread, if any.
     """
+    labels = gather_labels(labels, axis_name)
     labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
     ranks, counts = class_ranks(labels, num_classes)
     decay = 1.0 - momentum
     later = counts[labels] - ranks - 1  # samples of the same class still to come
     weights = momentum * jnp.power(decay, later.astype(jnp.float32))
-    add = jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
-    return UpdateWeights(keep=jnp.power(decay, counts[:num_classes].astype(jnp.float32)), add=add)
+    keep = jnp.power(decay, counts[:num_classes].astype(jnp.float32))
+    return UpdateWeights(keep, weight_matrix(labels, weights, num_classes, axis_name), axis_name)
+
+
+def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int, axis_name: str | None) -> jax.Array:
+    """`UpdateWeights.add` [B, K] from the labels and the weights of the samples of the global batch."""
+    labels, weights = own_part(labels, axis_name), own_part(weights, axis_name)
+    return jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
 
 
 def update_memory(memory: jax.Array, values: jax.Array, weights: UpdateWeights) -> jax.Array:
@@ -108,11 +146,11 @@ def update_memory(memory: jax.Array, values: jax.Array, weights: UpdateWeights) 
         weights: `update_weights` of the batch's labels.
 
     Returns:
-        [K, C] float32.
+        [K, C] float32, the same on all devices of the weights' axis.
     """
     # HIGHEST: accelerators would round the values to bfloat16 or TF32 in a default product.
     sums = jnp.matmul(weights.add.T, values, precision=jax.lax.Precision.HIGHEST)
-    return weights.keep[:, None] * memory + sums
+    return weights.keep[:, None] * memory + sum_devices(sums, weights.axis_name)
 
 
 def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
@@ -120,7 +158,9 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
     return memory.at[jnp.where(labels < 0, memory.shape[0], labels)].get(mode="fill", fill_value=0.0)
 
 
-def prefix_means(recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float) -> jax.Array:
+def prefix_means(
+    recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | None = None
+) -> jax.Array:
     """What each sample finds in its class's row right after its own update, later samples not yet in.
 
     Args:
@@ -128,15 +168,18 @@ def prefix_means(recalled: jax.Array, values: jax.Array, labels: jax.Array, mome
         values: [B, C] float32.
         labels: [B] integers.
         momentum: weight of the new value.
+        axis_name: the mapped axis over which the batch is spread, if any.
 
     Returns:
         [B, C] float32, in batch order.
     """
     decay = jnp.full(labels.shape, 1.0 - momentum, jnp.float32)
-    return prefix_rows(recalled, decay, momentum * values, labels)
+    return prefix_rows(recalled, decay, momentum * values, labels, axis_name)
 
 
-def prefix_rows(recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array) -> jax.Array:
+def prefix_rows(
+    recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | None = None
+) -> jax.Array:
     """The rows along ``row <- factor_i * row + term_i``, each sample moving the row of its own class.
 
     A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
@@ -147,22 +190,28 @@ def prefix_rows(recalled: jax.Array, factors: jax.Array, terms: jax.Array, label
         factors: [B] float32.
         terms: [B, C] float32.
         labels: [B] integers.
+        axis_name: the mapped axis over which the batch is spread, if any; the terms of all devices are gathered.
 
     Returns:
         [B, C] float32, in batch order: each sample's row right after its own step.
     """
+    labels = gather_labels(labels, axis_name)
     order = jnp.argsort(labels, stable=True)
-    labels, factors = labels[order], factors[order][:, None]
-    first = jnp.concatenate([jnp.ones(1, bool), labels[1:] != labels[:-1]])[:, None]
+    back = jnp.argsort(order)
+    in_order = labels[order]
+    first = jnp.concatenate([jnp.ones(1, bool), in_order[1:] != in_order[:-1]])
     # A class's first sample starts from the memory, not from its neighbour.
-    terms = terms[order] + jnp.where(first, factors * recalled[order], 0.0)
+    first, factors = own_part(first[back], axis_name)[:, None], factors[:, None]
+    terms = terms + jnp.where(first, factors * recalled, 0.0)
     factors = jnp.where(first, 0.0, factors)
+    if axis_name is not None:
+        factors, terms = jax.lax.all_gather((factors, terms), axis_name, tiled=True)
 
     def compose(earlier, later):
         return earlier[0] * later[0], earlier[1] * later[0] + later[1]
 
-    _, rows = jax.lax.associative_scan(compose, (factors, terms))
-    return rows[jnp.argsort(order)]
+    _, rows = jax.lax.associative_scan(compose, (factors[order], terms[order]))
+    return own_part(rows[back], axis_name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -174,6 +223,10 @@ def remember_gradient_signs(
     The cotangent of ``memory`` is ``new - old``, where new has taken in the sign of the pooled gradient of every
     sample (+1 where it is positive, else -1; DPA, section 3). Being a delta, a branch that is not run or a
     stopped gradient leaves the memory alone, and two uses of one memory add up.
+
+    On the devices of the weights' axis the cotangent is the global batch's, and the same everywhere: neither a sum
+    nor a mean over devices is due, and a mean does no harm. (``shard_map`` itself sums a replicated input's cotangents
+    where they differ between devices; this one is a sum already, and of a type that says so.)
 
     Args:
         how: the pool, one of `POOLS`.

@@ -45,6 +45,16 @@ class Ratio:
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)
 
+    def share(self, axis_name: str | None) -> Ratio:
+        """This device's share of the ratio over all devices: the mean of the shares is the whole, gradient included.
+
+        A mean over devices is what loss and gradients get anyway. The gradient is the total's; counts have none.
+        """
+        if axis_name is None:
+            return self
+        count = jax.lax.psum(jax.lax.stop_gradient(self.count), axis_name)
+        return Ratio(self.total * jax.lax.axis_size(axis_name), count)
+
     def value(self) -> jax.Array:
         """The mean of the groups' ratios; a group without members counts as 0."""
         return jnp.mean(self.total / jnp.maximum(self.count, 1.0))
@@ -109,6 +119,7 @@ def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
     Returns:
         {name: float32 scalar}: ``"channel"`` where the model has `DPA`, ``"arr"`` where it has `ARR`, ``"aux"``
         and ``"gate"`` where it has `AIEC`. Empty if no module recorded anything: no labels were given, or
-        the collections were not mutable.
+        the collections were not mutable. Of modules with an ``axis_name``, each device's share: the mean over
+        the devices is the global batch's penalty.
     """
     return summarize(mutated).penalties()
