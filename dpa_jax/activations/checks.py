@@ -15,7 +15,7 @@ def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) 
     """Raises ValueError, with the nearest names, unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)
     if value not in allowed:
-        nearest = " or ".join(map(repr, difflib.get_close_matches(str(value), allowed)))
+        nearest = " or ".join(map(repr, difflib.get_close_matches(str(value), allowed, cutoff=0.5)))
         hint = f" Did you mean {nearest}?" if nearest else ""
         raise ValueError(f"{owner}: {argument} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
 

@@ -172,9 +172,7 @@ def extract(archive: Archive, packed: pathlib.Path) -> pathlib.Path:
     _check_sum(packed, archive.md5, str(packed), "delete it and download it again")
     goal = packed.parent / archive.folder
     if goal.exists():
-        raise FileExistsError(
-            f"{goal} lacks {_first_missing(archive, goal)}; delete that folder and start again"
-        )
+        raise FileExistsError(f"{goal} lacks {_first_missing(archive, goal)}; delete that folder and start again")
 
     def admit(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         parts = pathlib.PurePosixPath(member.name).parts

@@ -110,9 +110,7 @@ class Feed:
     def __init__(self, split: Split, mesh: Mesh, batch_size: int, seed: int, resident: str = "auto"):
         """See the class."""
         if batch_size < 1 or batch_size % mesh.size:
-            raise ValueError(
-                f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}"
-            )
+            raise ValueError(f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}")
         if resident not in RESIDENCES:
             raise ValueError(f"resident must be one of {', '.join(RESIDENCES)}, not {resident!r}")
         if resident == "auto":

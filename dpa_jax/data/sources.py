@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 
 import ml_collections
 import numpy as np
 
+from dpa_jax.activations.checks import check_choice
 from dpa_jax.data import archives
 
 
@@ -27,13 +27,9 @@ class Split:
     def __post_init__(self) -> None:
         """Raises ValueError where a shape or a dtype is another."""
         if self.images.ndim != 4 or self.images.dtype != np.uint8 or not self.images.size:
-            raise ValueError(
-                f"images must be uint8 [N, H, W, C] with none of them 0, not {_describe(self.images)}"
-            )
+            raise ValueError(f"images must be uint8 [N, H, W, C] with none of them 0, not {_describe(self.images)}")
         if self.labels.shape != self.images.shape[:1] or self.labels.dtype != np.int32:
-            raise ValueError(
-                f"labels must be int32 [{len(self)}], one an image, not {_describe(self.labels)}"
-            )
+            raise ValueError(f"labels must be int32 [{len(self)}], one an image, not {_describe(self.labels)}")
 
     def __len__(self) -> int:
         """The number of images."""
@@ -73,18 +69,14 @@ class Dataset:
                 )
         shape = self.train.images.shape[1:]
         if self.test.images.shape[1:] != shape:
-            raise ValueError(
-                f"{self.name}: test images are {self.test.images.shape[1:]}, training images {shape}"
-            )
+            raise ValueError(f"{self.name}: test images are {self.test.images.shape[1:]}, training images {shape}")
         if not len(self.mean) == len(self.std) == shape[-1]:
             raise ValueError(
                 f"{self.name}: mean and std need one value for each of {shape[-1]} channels, "
                 f"not {self.mean} and {self.std}"
             )
         if len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes"
-            )
+            raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset:
@@ -98,10 +90,7 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
       ValueError: the name is unknown, or the data is not what it should be.
       FileNotFoundError: the data is not there; the message says how to get it.
     """
-    if data.name not in SOURCES:
-        near = difflib.get_close_matches(data.name, SOURCES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no data set {data.name!r}; {hint}There are {', '.join(sorted(SOURCES))}.")
+    check_choice("config", "data.name", data.name, SOURCES)
     return SOURCES[data.name](data)
 
 

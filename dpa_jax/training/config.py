@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
             # A name that `dpa_jax.activation` knows, or dnrt (RAA, and ARR behind every block), and its options (tau, ...).
             "mechanism": "dpa",
             "mechanism_options": {},
-            # The weight of each penalty in the loss: DPA's lambda, DNRT's lambda, AIEC's two; the papers' on CIFAR-100.
+            # The weight of each penalty in the loss; these are the papers' for CIFAR-100.
             "coefficients": {"channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0},
             # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
             "model": "vit",
@@ -268,9 +268,7 @@ def _get(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _check_range(
-    config: Mapping[str, Any], path: str, low: float | None = None, high: float | None = None
-) -> None:
+def _check_range(config: Mapping[str, Any], path: str, low: float | None = None, high: float | None = None) -> None:
     check_range("config", path, _get(config, path), low, high)
 
 

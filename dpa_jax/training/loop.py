@@ -24,7 +24,7 @@ from dpa_jax.training.config import validate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
-from dpa_jax.training.record import Recorder
+from dpa_jax.training.record import Recorder, changed_keys
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import Evaluation, make_eval_step, make_train_step
 
@@ -58,7 +58,7 @@ class Program:
     eval_feed: Feed
     init: Callable[[], TrainState]
     abstract_state: TrainState
-    train_step: Callable
+    train_step: jax.stages.Wrapped
     eval_step: Callable
     add: Callable
     clear_metrics: Callable
@@ -156,7 +156,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             ``curves.png``.
 
     Returns:
-        The last line of ``metrics.jsonl``.
+        The last line of ``metrics.jsonl``; nothing where a finished run left none.
 
     Raises:
         ValueError: for a configuration that can't run, or a checkpoint of another model.
@@ -184,12 +184,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
 
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(program.abstract_state) or (0, program.init())
+        changed = changed_keys(workdir, config) if start else []
         recorder = stack.enter_context(contextlib.closing(Recorder(workdir, config, start)))
         epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
         progress = stack.enter_context(contextlib.closing(show_epoch(epoch, start)))
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
             progress.write(f"{how} after step {start} of {total_steps} in {workdir}")
+            if changed:
+                progress.write(f"note: {', '.join(changed)} changed since this run was last started")
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
@@ -239,7 +242,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             if epoch_ends and step < total_steps:
                 epoch += 1
                 progress = stack.enter_context(contextlib.closing(show_epoch(epoch, step)))
-        return recorder.history[-1]
+        return recorder.history[-1] if recorder.history else {}
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, dict[str, float]]:

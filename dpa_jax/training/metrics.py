@@ -87,9 +87,7 @@ class Classification:
         }
 
 
-def cross_entropy(
-    logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
-) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:
     """The sum of the samples' cross-entropies, and how many samples it is of.
 
     Args:

@@ -17,9 +17,7 @@ from dpa_jax.training.config import SCHEDULES
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
-def make_schedule(
-    config: ConfigDict, learning_rate: float, steps_per_epoch: float, total_steps: int
-) -> Schedule:
+def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: float, total_steps: int) -> Schedule:
     """The learning rate at every step, as the papers' programs have it.
 
     Their schedules are asked *after* a step: a step uses what the schedule says for the one before it, the

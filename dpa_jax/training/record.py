@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 History = Sequence[Mapping[str, Any]]
@@ -53,7 +54,7 @@ class Recorder:
         if self._path.exists():
             self._history = [record for record in read_history(self.workdir) if record["step"] <= step]
             _replace(self._path, "".join(_line(record) for record in self._history))
-        _replace(self.workdir / "config.json", json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+        _replace(self.workdir / "config.json", json.dumps(_resolved(config), indent=2) + "\n")
         self._step = step
 
     @functools.cached_property
@@ -108,6 +109,25 @@ def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """The records in a run's folder, oldest first, without what was written by halves; none where none were written."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     return _parse(path.read_text(errors="replace"), path) if path.exists() else []
+
+
+def changed_keys(workdir: str | pathlib.Path, config: ConfigDict) -> list[str]:
+    """The keys, with dots, in which a configuration differs from the one that a run was last started with.
+
+    Args:
+        workdir: the run's folder; without a ``config.json`` in it nothing differs.
+        config: the resolved configuration.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return []
+    before, now = (flatten_dict(tree, sep=".") for tree in (json.loads(path.read_text()), _resolved(config)))
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+
+def _resolved(config: ConfigDict) -> dict[str, Any]:
+    """What JSON makes of a configuration: plain values, tuples as lists."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.Path) -> None:

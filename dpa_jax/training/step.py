@@ -97,7 +97,7 @@ class Evaluation:
     terms: dict[str, Ratio]
 
     def compute(self, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
-        """Figures of the whole split: ``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision``, ``f1``."""
+        """``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision`` and ``f1`` of the whole split."""
         terms = {name: ratio.value() for name, ratio in self.terms.items()}
         loss = _weighted(terms, coefficients)
         named = {f"loss_{name}": term for name, term in terms.items()}

@@ -57,9 +57,7 @@ def tar(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
 GOOD = {f"small-python/{name}": content for name, content in FILES.items()}
 
 
-def published(
-    folder: pathlib.Path, members: dict = GOOD, files: dict[str, bytes] = FILES
-) -> archives.Archive:
+def published(folder: pathlib.Path, members: dict = GOOD, files: dict[str, bytes] = FILES) -> archives.Archive:
     """Publishes an archive under a file:// address."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "small-python.tar.gz"
@@ -89,9 +87,7 @@ def check_content(loaded) -> None:
     (train_images, train_labels), (test_images, test_labels), names = loaded
     rows = np.concatenate([BATCHES["train_1"][b"data"], BATCHES["train_2"][b"data"]])
     assert train_images.shape == (7, 32, 32, 3)
-    for channel in range(
-        3
-    ):  # the file holds the whole red image, then the green, then the blue one, row by row
+    for channel in range(3):  # the file holds the whole red image, then the green, then the blue one, row by row
         plane = rows[:, 1024 * channel : 1024 * (channel + 1)]
         assert np.array_equal(train_images[..., channel].reshape(7, 1024), plane)
     assert train_labels.tolist() == BATCHES["train_1"][b"fine_labels"] + BATCHES["train_2"][b"fine_labels"]
@@ -132,9 +128,7 @@ def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path):
     message = str(error.value)
     assert str(tmp_path) in message
     assert "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz" in message
-    command = (
-        "python train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=DIR"
-    )
+    command = "python train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=DIR"
     assert command in message
 
 
@@ -315,9 +309,7 @@ def prepared(tmp_path):
                 filename_template=template,
             )
         )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=splits, check_data=False
-    )
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=splits, check_data=False)
     return folder, content
 
 

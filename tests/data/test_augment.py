@@ -133,9 +133,7 @@ def test_random_boxes_are_drawn_as_published():
         assert abs(one.mean() - other.mean()) < 4 * error, columns
 
 
-@pytest.mark.parametrize(
-    ("ratio", "expected"), [((8.0, 9.0), [14, 0, 4, 32]), ((1 / 9, 1 / 8), [0, 14, 32, 4])]
-)
+@pytest.mark.parametrize(("ratio", "expected"), [((8.0, 9.0), [14, 0, 4, 32]), ((1 / 9, 1 / 8), [0, 14, 32, 4])])
 def test_without_a_fitting_box_the_largest_central_one_is_taken(ratio, expected):
     box = augment._random_box(jax.random.key(0), (32, 32), (0.9, 1.0), ratio)
     assert box.tolist() == expected
@@ -196,9 +194,7 @@ def test_transforms_without_operations_only_normalize():
         augment.train_transform(config(), MEAN, STD)(jax.random.key(0), data),
         augment.eval_transform(config(), MEAN, STD)(data.images),
     ):
-        np.testing.assert_array_equal(
-            values, jax.vmap(lambda i: augment.normalize(i, MEAN, STD))(data.images)
-        )
+        np.testing.assert_array_equal(values, jax.vmap(lambda i: augment.normalize(i, MEAN, STD))(data.images))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -96,9 +96,7 @@ def test_evaluation_sees_the_whole_split_in_order_and_pads_the_end(resident):
     feed = Feed(split, make_mesh(8), batch_size=8, seed=0, resident=resident)
     with jax.transfer_guard("disallow"):
         batches = list(feed.evaluation())
-    images, labels, index, epoch = (
-        np.concatenate(leaves) for leaves in zip(*map(as_numpy, batches), strict=True)
-    )
+    images, labels, index, epoch = (np.concatenate(leaves) for leaves in zip(*map(as_numpy, batches), strict=True))
     assert len(batches) == 3 and not epoch.any()
     assert np.array_equal(images[:21], split.images) and np.array_equal(labels[:21], split.labels)
     assert labels[21:].tolist() == [-1] * 3 and index.tolist() == [*range(21), 0, 0, 0]

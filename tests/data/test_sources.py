@@ -77,7 +77,7 @@ def test_synthetic_refuses_empty_sizes(key):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="no data set 'cifar1000'; did you mean 'cifar100'") as error:
+    with pytest.raises(ValueError, match=r"got 'cifar1000'\. Did you mean 'cifar100'") as error:
         sources.load(config(name="cifar1000"))
     for name in ("digits", "cifar10", "cifar100", "synthetic"):
         assert name in str(error.value)

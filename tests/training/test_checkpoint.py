@@ -318,8 +318,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
         "while the old one is deleted": {2},
     }
     running = {
-        moment: subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / moment), moment])
-        for moment in moments
+        moment: subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / moment), moment]) for moment in moments
     }
     wanted = abstract({"memory": jnp.zeros((256, 512)), "step": jnp.int32(0)})
     for moment, steps in moments.items():

@@ -101,9 +101,7 @@ def run(config, parameters, gradients):
 def optimizer_config(name, clip_norm=0.0):
     config = default_config()
     config.clip_norm = clip_norm
-    config.optimizer.update(
-        name=name, weight_decay=DECAY, beta1=BETA1, beta2=BETA2, eps=EPS, momentum=MOMENTUM
-    )
+    config.optimizer.update(name=name, weight_decay=DECAY, beta1=BETA1, beta2=BETA2, eps=EPS, momentum=MOMENTUM)
     return config
 
 
@@ -115,8 +113,7 @@ def problem():
 
     def draw():
         return {
-            name: np.asarray(random.normal(size=shape), np.float32).reshape(shape)
-            for name, shape in shapes.items()
+            name: np.asarray(random.normal(size=shape), np.float32).reshape(shape) for name, shape in shapes.items()
         }
 
     return draw(), [draw() for _ in RATES]
@@ -140,9 +137,7 @@ def test_gradients_are_clipped_together_before_the_decay(problem):
     result = run(optimizer_config("sgd", clip_norm=limit), parameters, gradients)
     for key in parameters:
         clipped = [scale * gradient[key] for scale, gradient in zip(scales, gradients, strict=True)]
-        np.testing.assert_allclose(
-            result[key], by_hand("sgd", parameters[key], clipped), rtol=2e-5, atol=2e-6
-        )
+        np.testing.assert_allclose(result[key], by_hand("sgd", parameters[key], clipped), rtol=2e-5, atol=2e-6)
 
 
 def test_unknown_names_are_refused_with_the_nearest():

@@ -85,9 +85,7 @@ def test_two_processes_stop_after_the_same_step_and_save_one_checkpoint(tmp_path
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     commands = [[sys.executable, "-c", PROCESS, str(index), address, str(tmp_path)] for index in (0, 1)]
-    processes = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
-    ]
+    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     (step,) = {int(output.split("stopped after ")[1].split()[0]) for output in outputs}
@@ -95,8 +93,6 @@ def test_two_processes_stop_after_the_same_step_and_save_one_checkpoint(tmp_path
     # Two processes with two devices each have written what one process with one device reads.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        found, state = checkpoints.restore(
-            {"total": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=sharding)}
-        )
+        found, state = checkpoints.restore({"total": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=sharding)})
     assert found == step
     np.testing.assert_array_equal(np.asarray(state["total"]), np.full((8, 3), step * (step + 1) / 2))

@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dpa_jax.training.record import Recorder, plot_curves
+from dpa_jax.training.config import default_config
+from dpa_jax.training.record import Recorder, changed_keys, plot_curves
 
-CONFIG = ConfigDict(
-    {"model": "vit", "data": {"name": "digits", "mean": (0.5, 0.25)}, "seed": 0, "clip": None}
-)
+CONFIG = ConfigDict({"model": "vit", "data": {"name": "digits", "mean": (0.5, 0.25)}, "seed": 0, "clip": None})
 
 
 def record(epoch, **more):
@@ -146,3 +145,13 @@ def test_pictures_have_a_panel_for_what_was_recorded(tmp_path):
     assert (runs != two).any()
     with pytest.raises(ValueError, match="no record with an epoch"):
         plot_curves([], tmp_path / "none.png")
+
+
+def test_keys_that_changed_since_the_last_start_are_named(tmp_path):
+    config = default_config()
+    assert changed_keys(tmp_path, config) == []
+    Recorder(tmp_path, config, 0).close()
+    assert changed_keys(tmp_path, config) == []
+    config.seed = 3
+    config.optimizer.learning_rate = 0.5
+    assert changed_keys(tmp_path, config) == ["optimizer.learning_rate", "seed"]
