@@ -43,7 +43,7 @@ def default_config() -> ConfigDict:
     """
     config = ConfigDict(
         {
-            # A name that `dpa_jax.activation` knows, or dnrt (RAA, and ARR behind every block), and its options (tau, ...).
+            # A name that `dpa_jax.activation` knows, or dnrt (RAA, with ARR behind every block); the options it has.
             "mechanism": "dpa",
             "mechanism_options": {},
             # The weight of each penalty in the loss; these are the papers' for CIFAR-100.
