@@ -38,7 +38,7 @@ def get_config():
     config.optimizer.learning_rate = 0.01
     return config
 """
-ENTRIES = "dpa:criterion=union,relu+arr"
+ENTRIES = "dpa:criterion=union,relu"
 NONE = "\N{EN DASH}"
 TIMES = ("images_per_second", "seconds")
 
@@ -128,11 +128,10 @@ def records(workdir):
 # ---------------- The same runs as train.py's ----------------
 
 
-@pytest.mark.parametrize("mechanism", ["dpa", "dnrt"])
-def test_a_member_is_the_single_run_with_its_seed(quick_to_compile, mechanism):
+def test_a_member_is_the_single_run_with_its_seed(quick_to_compile):
     def of_seed(seed):
-        config = small(mechanism=mechanism, seed=seed)
-        config.model_options.dropout = 0.1
+        config = small(mechanism="dpa", seed=seed)
+        config.model_options.update(dropout=0.1, arr=True)  # every kind of memory
         return build(config, jax.devices()[:1])
 
     seeds = (0, 5)
@@ -217,21 +216,21 @@ def test_what_is_finished_is_not_trained_again(finished, tmp_path, monkeypatch):
     [(5, 1, [[3], [4]]), (5, 0, [[3, 4]]), (10, 3, [[3, 4, 5], [6, 7], [8, 9]]), (2, 0, [])],
 )
 def test_more_seeds_are_added_to_those_there_are(finished, tmp_path, monkeypatch, seeds, vmap, groups):
-    shutil.copytree(finished / "relu+arr", tmp_path / "relu+arr")
+    shutil.copytree(finished / "relu", tmp_path / "relu")
     trained = []
     monkeypatch.setattr(run, "build", lambda config: None)
     monkeypatch.setattr(run, "_train_group", lambda program, entry, config, seeds, folder: trained.append(list(seeds)))
     monkeypatch.setattr(run, "write_report", lambda *_: None)
     monkeypatch.setattr(run, "largest_ensemble", lambda program, wanted: wanted)
     config = small()
-    compare(config, parse_entries("relu+arr", config), seeds, tmp_path, vmap=vmap)
+    compare(config, parse_entries("relu", config), seeds, tmp_path, vmap=vmap)
     assert trained == groups
 
 
 def test_another_configuration_is_refused(finished):
     config = small(epochs=4)
-    with pytest.raises(ValueError, match=r"relu\+arr/seed-0 was started .*: epochs was 3 and is 4 now\. .*workdir"):
-        compare(config, parse_entries("relu+arr", config), 3, finished)
+    with pytest.raises(ValueError, match=r"relu/seed-0 was started .*: epochs was 3 and is 4 now\. .*workdir"):
+        compare(config, parse_entries("relu", config), 3, finished)
 
 
 # ---------------- As many seeds as fit ----------------
