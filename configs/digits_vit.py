@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 120
     config.epochs = 100
     config.coefficients.channel = 1.0
+    config.coefficients.arr = 10.0
     config.optimizer.learning_rate = 3e-3
     config.schedule.warmup_epochs = 5
     config.data.name = "digits"
