@@ -311,6 +311,11 @@ def test_a_mistake_on_the_command_line_is_one_line(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_configuration_has_no_default():
+    ended = subprocess.run([sys.executable, "-m", "dpa_jax.compare"], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "error: --config is missing, the configuration file\n")
+
+
 # ---------------- The report ----------------
 
 

@@ -38,9 +38,9 @@ def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[st
             sys.exit(f"error: {_one_line(error)}")
         if arguments[1:]:
             sys.exit(f"error: unknown argument {arguments[1]!r}; a configuration file comes after --config")
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        if file is None:
+        if default_config is None and not flags.FLAGS["config"].present:
             sys.exit("error: --config is missing, the configuration file")
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
         if not pathlib.Path(file).is_file():
             sys.exit(f"error: --config: there is no file {file}")
         return arguments
