@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
 import shutil
 import signal
@@ -12,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dpa_jax.compare.ensemble import largest_ensemble, make_ensemble
@@ -30,7 +28,7 @@ from dpa_jax.training.loop import (
 )
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
-from dpa_jax.training.record import Recorder, read_history
+from dpa_jax.training.record import Recorder, changed_keys, read_history
 
 # What may change between two starts: it changes no figure.
 _FREE = ("checkpoint.", "log_every_seconds", "data.dir", "data.download", "data.resident")
@@ -218,20 +216,9 @@ def _train_group(program: Program, entry: Entry, config: ConfigDict, seeds: rang
 
 def _require_same_config(config: ConfigDict, folder: pathlib.Path) -> None:
     """Raises ValueError if the run in the folder was started with another configuration."""
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    # As the recorder writes it.
-    there, here = (
-        _flat(tree) for tree in (json.loads(path.read_text()), json.loads(json.dumps(config.to_dict(), default=str)))
-    )
-    for name in sorted(there | here):
-        if there.get(name) != here.get(name) and not name.startswith(_FREE):
+    for name, (then, now) in changed_keys(folder, config).items():
+        if not name.startswith(_FREE):
             raise ValueError(
-                f"{folder} was started with another configuration: {name} was {there.get(name, 'absent')} and is "
-                f"{here.get(name, 'absent')} now. Use the one it was started with, or another workdir."
+                f"{folder} was started with another configuration: {name} was {then} and is {now} now. "
+                "Use the one it was started with, or another workdir."
             )
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep=".")

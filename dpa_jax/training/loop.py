@@ -184,7 +184,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
 
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(program.abstract_state) or (0, program.init())
-        changed = changed_keys(workdir, config) if start else []
+        changed = changed_keys(workdir, config) if start else {}
         recorder = stack.enter_context(contextlib.closing(Recorder(workdir, config, start)))
         epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
         progress = stack.enter_context(contextlib.closing(show_epoch(epoch, start)))

@@ -111,18 +111,22 @@ def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     return _parse(path.read_text(errors="replace"), path) if path.exists() else []
 
 
-def changed_keys(workdir: str | pathlib.Path, config: ConfigDict) -> list[str]:
-    """The keys, with dots, in which a configuration differs from the one that a run was last started with.
+def changed_keys(workdir: str | pathlib.Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Where a configuration differs from the one that a run was last started with.
 
     Args:
         workdir: the run's folder; without a ``config.json`` in it nothing differs.
         config: the resolved configuration.
+
+    Returns:
+        {key with dots: (its value then, its value now)}, None for a key that is absent.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
-        return []
-    before, now = (flatten_dict(tree, sep=".") for tree in (json.loads(path.read_text()), _resolved(config)))
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return {}
+    then, now = (flatten_dict(tree, sep=".") for tree in (json.loads(path.read_text()), _resolved(config)))
+    changes = {key: (then.get(key), now.get(key)) for key in sorted(then | now)}
+    return {key: (before, after) for key, (before, after) in changes.items() if before != after}
 
 
 def _resolved(config: ConfigDict) -> dict[str, Any]:

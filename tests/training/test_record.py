@@ -149,9 +149,9 @@ def test_pictures_have_a_panel_for_what_was_recorded(tmp_path):
 
 def test_keys_that_changed_since_the_last_start_are_named(tmp_path):
     config = default_config()
-    assert changed_keys(tmp_path, config) == []
+    assert changed_keys(tmp_path, config) == {}
     Recorder(tmp_path, config, 0).close()
-    assert changed_keys(tmp_path, config) == []
+    assert changed_keys(tmp_path, config) == {}
     config.seed = 3
     config.optimizer.learning_rate = 0.5
-    assert changed_keys(tmp_path, config) == ["optimizer.learning_rate", "seed"]
+    assert changed_keys(tmp_path, config) == {"optimizer.learning_rate": (0.001, 0.5), "seed": (0, 3)}
