@@ -26,8 +26,11 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
         The ``params`` collection, float32, to be used as ``{**variables, "params": params}``.
 
     Raises:
-        ValueError: naming the first array that is missing, unknown or of the wrong shape (with both shapes).
+        ValueError: for a model without PyTorch names; naming the first array that is missing, unknown or of the
+            wrong shape (with both shapes).
     """
+    if not hasattr(model, "torch_names"):
+        raise ValueError(f"{type(model).__name__} has no PyTorch names to load from")
     example = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     expected = flatten_dict(shapes, sep=".")

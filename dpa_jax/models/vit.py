@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -122,6 +123,8 @@ class ViT(nn.Module):
     arr: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    pool: ClassVar[str] = "token"
+
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"ViT: patch_size {self.patch_size} does not divide image_size {self.image_size}")
@@ -176,12 +179,12 @@ class ViT(nn.Module):
                 name=f"block{i}",
             )(x, labels, train)
             if self.arr:
-                x = ARR(self.num_classes, name=f"arr{i}")(x, labels, train)
+                x = ARR(self.num_classes, pool=self.pool, name=f"arr{i}")(x, labels, train)
         x = _LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])
         return _Dense(self.num_classes, name="head")(x.astype(jnp.float32))
 
     # Names in PyTorch image models -> names here, for `params_from_torch`.
-    torch_names = (
+    torch_names: ClassVar = (
         (r"cls_token", "class_token"),
         (r"pos_embed", "position_embedding"),
         (r"patch_embed\.proj\.", "patch_embed."),

@@ -69,8 +69,11 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     _check_options("model_options", config.model_options, model, ("num_classes", *given))
     _check_options("mechanism_options", config.mechanism_options, mechanism, ("num_classes",))
     options = dict(config.mechanism_options)
-    if "num_classes" in inspect.signature(mechanism).parameters:
+    takes = inspect.signature(mechanism).parameters
+    if "num_classes" in takes:
         options["num_classes"] = num_classes
+    if "pool" in takes:
+        options.setdefault("pool", models.model_class(config.model).pool)
     given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
 
