@@ -62,7 +62,7 @@ def test_mechanisms_train_on_feature_maps(mechanism, options, penalties):
     zeros = np.zeros(12, np.int32)
     step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.images, coefficients))
     history = []
-    for _ in range(20):
+    for _ in range(30):
         state, metrics = step(state, Batch(images, labels, zeros, zeros))
         history.append(metrics)
     assert history[-1]["loss_cross_entropy"] < 0.7 * history[0]["loss_cross_entropy"]

@@ -89,7 +89,7 @@ def test_two_processes_stop_after_the_same_step_and_save_one_checkpoint(tmp_path
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     (step,) = {int(output.split("stopped after ")[1].split()[0]) for output in outputs}
-    assert step > 3
+    assert step >= 3  # never before the signal
     # Two processes with two devices each have written what one process with one device reads.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(tmp_path, keep=2) as checkpoints:
