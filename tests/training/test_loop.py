@@ -291,3 +291,36 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
 def test_build_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         build(small(**changes))
+
+
+def test_the_response_memory_is_in_the_checkpoint(tmp_path):
+    """The loss of an evaluation after a restart has its ARR term, equal to the one before."""
+    config = small(mechanism="dnrt", epochs=1)
+    record = train_and_evaluate(config, tmp_path)
+    (figures,) = evaluate(config, tmp_path).values()
+    assert record["eval_loss_arr"] > 0
+    assert figures["loss_arr"] == record["eval_loss_arr"]
+    assert figures["loss"] == pytest.approx(figures["loss_cross_entropy"] + 20 * figures["loss_arr"], rel=1e-5)
+
+
+def test_activity_counters_start_anew_on_entering_evaluation(tmp_path):
+    config = small(mechanism="aiec", epochs=1)
+    train_and_evaluate(config, tmp_path)
+    _, state = restore(config, tmp_path)
+    (counters,) = (block["mlp"]["activation"] for block in state.model_state["activity_counters"].values())
+    assert not counters["active"].any() and not counters["inhibited"].any()
+    np.testing.assert_array_equal(counters["total"], 1)
+    assert counters["step"] == 6 % 5  # which goes on
+
+
+def test_no_evaluation_leaves_the_counters(tmp_path):
+    config = small(mechanism="aiec", epochs=2, eval_every_epochs=2, batch_size=48)
+    config.mechanism_options.update_interval = 1
+    program = build(config)
+    state, _ = run_steps(program, 1)
+    (counters,) = (block["mlp"]["activation"] for block in state.model_state["activity_counters"].values())
+    assert counters["total"].sum() > 4  # samples the layer has classified correctly were counted
+    train_and_evaluate(config, tmp_path)
+    _, first = restore(config, tmp_path, step=1)
+    (kept,) = (block["mlp"]["activation"] for block in first.model_state["activity_counters"].values())
+    jax.tree.map(np.testing.assert_array_equal, kept, counters)
