@@ -100,9 +100,12 @@ def test_a_checkpoint_of_another_model(trained, flags, change, leaf, there, here
 
 # A line in the configuration file, arguments, and what the one line of the error says.
 MISTAKES = [
-    ("", "--config.batch_sise=3", r'Key "batch_sise" does not exist .* Did you mean "batch_size"'),
-    ("", "--config.optimizer.learning_rte=3", r'Did you mean "learning_rate" instead of "learning_rte"'),
-    ("", "--config.optimzer.name=sgd", r'Did you mean "optimizer"'),
+    ("", "--config.batch_sise=3", r"there is no key batch_sise\. Did you mean batch_size\?"),
+    ("", "--config.learning_rate=3", r"there is no key learning_rate\. Did you mean optimizer\.learning_rate\?"),
+    ("", "--config.augment.flp=0.5", r"there is no key augment\.flp\. Did you mean augment\.flip\?"),
+    ("", "--config.epochs.warmup=3", r"epochs is no group of keys; got epochs\.warmup"),
+    ("", "--config.optimizer.learning_rte=3", r"Did you mean optimizer\.learning_rate\?"),
+    ("", "--config.optimzer.name=sgd", r"there is no key optimzer\. Did you mean optimizer\?"),
     ("", "--config.epochs=many", r"flag --config\.epochs=many: invalid literal for int"),
     ("config.batch_sise = 3", "", r'small\.py, line 11: Key "batch_sise" .* Did you mean "batch_size"'),
     ("config.epochs = 2.5", "", r"small\.py.*'epochs'.*2\.5.*float.*int"),

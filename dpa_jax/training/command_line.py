@@ -11,6 +11,8 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import config_flags
 
+from dpa_jax.training.config import check_key
+
 
 def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[str]], list[str]]:
     """A ``flags_parser`` for ``absl.app.run`` that knows ``--config FILE`` and ``--config.KEY=VALUE``.
@@ -24,6 +26,9 @@ def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[st
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            for argument in argv[1:]:
+                if override := re.match(r"--?config\.([\w.]+)", argument):
+                    check_key(override[1])
             config_flags.DEFINE_config_file(
                 "config",
                 None if default_config is None else str(default_config),
@@ -34,6 +39,8 @@ def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[st
                 sys_argv=argv,
             )
             arguments = flags.FLAGS(argv)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         except (flags.Error, KeyError, AttributeError, TypeError, OSError) as error:
             sys.exit(f"error: {_one_line(error)}")
         if arguments[1:]:

@@ -230,6 +230,20 @@ def _check_structure(path: str, given: Any, default: Any) -> None:
         check_type(path, given, default)
 
 
+def check_key(path: str) -> None:
+    """Raises ValueError, with the nearest one, unless there is a key of this name; groups are told by dots."""
+    group: Any = default_config()
+    prefix = ""
+    for key in path.split("."):
+        if prefix.rstrip(".") in FREE:
+            return
+        if not isinstance(group, ConfigDict):
+            raise ValueError(f"config: {prefix.rstrip('.')} is no group of keys; got {path}")
+        if key not in group:
+            raise ValueError(f"config: there is no key {prefix}{key}. {_nearest_key(prefix, key)}")
+        group, prefix = group[key], f"{prefix}{key}."
+
+
 def check_type(path: str, given: Any, default: Any) -> None:
     """Raises ValueError unless `given` is of the type of `default`; an int is fine where a float is wanted."""
     if isinstance(default, float):
