@@ -25,6 +25,7 @@ PRECISIONS = ("float32", "bfloat16")
 CROPS = ("none", "pad", "resized")
 INTERPOLATIONS = ("bilinear", "bicubic", "random")
 RESIDENCES = ("auto", "device", "host")
+CORRUPT = ("refuse", "replace")
 
 # What a mechanism may add to the loss. A configuration may weigh one that its own mechanism does not have:
 # the mechanism is what the command line changes.
@@ -107,6 +108,15 @@ def default_config() -> ConfigDict:
                 "test_examples": 512,
                 # Where the images are kept: on the device, in the host's memory, or wherever they fit.
                 "resident": "auto",
+                # Per channel, of images scaled to [0, 1]; empty: the source's own.
+                "mean": (),
+                "std": (),
+                # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
+                "imbalance": 1.0,
+                # Images that are read at every step: processes that decode them; 0: threads of this one.
+                "workers": 0,
+                # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
+                "corrupt": "refuse",
             },
             "augment": {
                 # The width and height that the model gets; 0: as the images are stored.
@@ -121,6 +131,15 @@ def default_config() -> ConfigDict:
                 "interpolation": "random",
                 # The probability of a horizontal flip.
                 "flip": 0.0,
+                # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
+                "rand_augment": "",
+                # How far brightness, contrast, saturation and hue may go: factors within 1 - x .. 1 + x, turns within x.
+                "color_jitter": (0.0, 0.0, 0.0, 0.0),
+                # The probability that a rectangle becomes noise.
+                "erase": 0.0,
+                # Pairs of images are mixed, weighed by a draw from Beta(alpha, alpha); 0: none. With both, either.
+                "mixup": 0.0,
+                "cutmix": 0.0,
                 # Evaluation: resize to this before the centre crop; 0: no resize.
                 "eval_resize": 0,
             },
@@ -198,12 +217,18 @@ def validate(config: Mapping[str, Any]) -> None:
     for name in ("image_size", "channels", "num_classes", "train_examples", "test_examples"):
         _check_range(config, f"data.{name}", low=1)
     check_choice("config", "data.resident", config["data"]["resident"], RESIDENCES)
+    check_choice("config", "data.corrupt", config["data"]["corrupt"], CORRUPT)
+    _check_range(config, "data.workers", low=0)
+    _check_range(config, "data.imbalance", low=1.0)
 
     check_choice("config", "augment.crop", config["augment"]["crop"], CROPS)
     check_choice("config", "augment.interpolation", config["augment"]["interpolation"], INTERPOLATIONS)
     for name in ("image_size", "padding", "eval_resize"):
         _check_range(config, f"augment.{name}", low=0)
-    _check_range(config, "augment.flip", low=0.0, high=1.0)
+    for name in ("flip", "erase"):
+        _check_range(config, f"augment.{name}", low=0.0, high=1.0)
+    for name in ("mixup", "cutmix"):
+        _check_range(config, f"augment.{name}", low=0.0)
     _check_interval(config, "augment.scale", high=1.0)
     _check_interval(config, "augment.ratio")
 
