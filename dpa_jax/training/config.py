@@ -133,7 +133,7 @@ def default_config() -> ConfigDict:
                 "flip": 0.0,
                 # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
                 "rand_augment": "",
-                # How far brightness, contrast, saturation and hue may go: factors within 1 - x .. 1 + x, turns within x.
+                # How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.
                 "color_jitter": (0.0, 0.0, 0.0, 0.0),
                 # The probability that a rectangle becomes noise.
                 "erase": 0.0,

@@ -121,8 +121,8 @@ def test_random_boxes_are_drawn_as_published():
 
     draws = 20_000
     theirs = np.array([plain() for _ in range(draws)], float)
-    draw = jax.jit(jax.vmap(lambda key: augment._random_box(key, (height, width), scale, ratio)))
-    ours = np.asarray(draw(jax.random.split(jax.random.key(0), draws))).astype(float)
+    draw = jax.jit(jax.vmap(lambda draws: augment.box_from_draws(draws, height, width, scale, ratio)))
+    ours = np.asarray(draw(jax.random.uniform(jax.random.key(0), (draws, 22)))).astype(float)
     top, left, box_height, box_width = ours.T
     assert (ours >= 0).all() and (box_height > 0).all() and (box_width > 0).all()
     assert (top + box_height <= height).all() and (left + box_width <= width).all()
@@ -135,7 +135,7 @@ def test_random_boxes_are_drawn_as_published():
 
 @pytest.mark.parametrize(("ratio", "expected"), [((8.0, 9.0), [14, 0, 4, 32]), ((1 / 9, 1 / 8), [0, 14, 32, 4])])
 def test_without_a_fitting_box_the_largest_central_one_is_taken(ratio, expected):
-    box = augment._random_box(jax.random.key(0), (32, 32), (0.9, 1.0), ratio)
+    box = augment.box_from_draws(np.random.default_rng(0).random(22, np.float32), 32, 32, (0.9, 1.0), ratio)
     assert box.tolist() == expected
 
 

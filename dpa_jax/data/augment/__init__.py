@@ -1,0 +1,17 @@
+"""What happens to images on their way into a model: on the device, inside jit, under vmap.
+
+Every random operation is a pure function of a typed key and one uint8 image [H, W, C]. A train transform is a
+list of `(key, image) -> image` functions followed by a normalisation; an operation is added by putting it
+into the list.
+"""
+
+from dpa_jax.data.augment.crop import box_from_draws as box_from_draws
+from dpa_jax.data.augment.crop import center_crop as center_crop
+from dpa_jax.data.augment.crop import random_crop as random_crop
+from dpa_jax.data.augment.crop import random_flip as random_flip
+from dpa_jax.data.augment.crop import random_resized_crop as random_resized_crop
+from dpa_jax.data.augment.resample import resize as resize
+from dpa_jax.data.augment.resample import resized_crop as resized_crop
+from dpa_jax.data.augment.transforms import eval_transform as eval_transform
+from dpa_jax.data.augment.transforms import normalize as normalize
+from dpa_jax.data.augment.transforms import train_transform as train_transform

@@ -1,0 +1,97 @@
+"""The operations in the order that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from dpa_jax.data.augment.crop import center_crop, random_crop, random_flip, random_resized_crop
+from dpa_jax.data.augment.resample import resize
+from dpa_jax.data.pipeline import Batch
+
+Operation = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Turns a uint8 image [H, W, C] into float32, scaled to [0, 1] and then standardised by channel."""
+    mean_1x1xC, std_1x1xC = (jnp.array(values, jnp.float32)[None, None] for values in (mean, std))
+    return (image.astype(jnp.float32) / 255 - mean_1x1xC) / std_1x1xC
+
+
+def train_transform(
+    config: ml_collections.ConfigDict, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[jax.Array, Batch], jax.Array]:
+    """The augmentation of training images.
+
+    Args:
+      config: the configuration's `augment` part. `image_size`: side length of the result, 0 for the stored
+        one. `crop`: "none", "pad" (`random_crop` by `padding`) or "resized" (`random_resized_crop` with
+        `scale`, `ratio` and `interpolation`). `flip`: probability of a horizontal flip.
+      mean: per channel, in units of [0, 1].
+      std: likewise.
+
+    Returns:
+      f(key, batch) -> float32 [B, S, S, C]. The draws depend on the key, the image's index and its epoch, and
+      on nothing else: not on the batch size, the device count or the place in the batch.
+
+    Raises:
+      ValueError: `crop` is something else.
+    """
+    operations: list[Operation] = []
+    if config.crop == "pad":
+        operations.append(lambda key, image: random_crop(key, image, config.padding))
+    elif config.crop == "resized":
+        operations.append(
+            lambda key, image: random_resized_crop(
+                key,
+                image,
+                config.image_size or image.shape[0],
+                tuple(config.scale),
+                tuple(config.ratio),
+                config.interpolation,
+            )
+        )
+    elif config.crop != "none":
+        raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
+    if config.flip:
+        operations.append(lambda key, image: random_flip(key, image, config.flip))
+
+    def one(key: jax.Array, image: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, epoch), index)
+        for place, operation in enumerate(operations):
+            image = operation(jax.random.fold_in(key, place), image)
+        return normalize(resize(image, config.image_size or image.shape[0]), mean, std)
+
+    def transform(key: jax.Array, batch: Batch) -> jax.Array:
+        return jax.vmap(one, in_axes=(None, 0, 0, 0))(key, batch.images, batch.index, batch.epoch)
+
+    return transform
+
+
+def eval_transform(
+    config: ml_collections.ConfigDict, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[jax.Array], jax.Array]:
+    """The treatment of test images.
+
+    Args:
+      config: the configuration's `augment` part. `eval_resize`: resize to this side length (bilinear) and cut
+        `image_size` out of the middle; 0: resize to `image_size`, or, where that is 0, leave the images as
+        they are.
+      mean: per channel, in units of [0, 1].
+      std: likewise.
+
+    Returns:
+      f(images uint8 [B, H, W, C]) -> float32 [B, S, S, C].
+    """
+
+    def one(image: jax.Array) -> jax.Array:
+        size = config.image_size or image.shape[0]
+        if config.eval_resize:
+            image = resize(image, config.eval_resize)
+            return normalize(center_crop(image, size), mean, std)
+        return normalize(resize(image, size), mean, std)
+
+    return jax.vmap(one)
