@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import pickle
@@ -23,7 +22,8 @@ from typing import IO, Any
 import numpy as np
 from absl import logging
 
-Arrays = tuple[np.ndarray, np.ndarray]
+from dpa_jax.data import prepared
+from dpa_jax.data.splits import AnySplit, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ CIFAR100 = Archive(
 )
 
 
-def load(archive: Archive, directory: str, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+def load(archive: Archive, directory: str, download: bool) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
     """Reads a CIFAR set from where it lies, extracting or downloading it first where that is needed.
 
     Args:
@@ -106,7 +106,7 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Arrays, Arra
       download: fetch the archive into the directory (`./data` for an empty one) when it is nowhere.
 
     Returns:
-      Training and test arrays, each (images uint8 [N, 32, 32, 3], labels int32 [N]), and the class names.
+      The training and the test split, images uint8 [N, 32, 32, 3], and the class names.
 
     Raises:
       FileNotFoundError: nothing found; says where it looked and how to get the data.
@@ -120,8 +120,8 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Arrays, Arra
         return _read_folder(archive, folder)
     if packed := _find_file(archive, roots):
         return _read_folder(archive, extract(archive, packed))
-    if prepared := _find_prepared(archive, roots):
-        return _read_prepared(prepared)
+    if folder := prepared.find(archive.name, roots):
+        return prepared.read(folder)
     if download:
         return _read_folder(archive, extract(archive, fetch(archive, roots[0])))
     looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
@@ -225,8 +225,8 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    def split(members: Mapping[str, str]) -> Arrays:
+def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
+    def split(members: Mapping[str, str]) -> Split:
         parts = [read_pickle(folder / member, md5) for member, md5 in members.items()]
         labels = np.concatenate([np.asarray(part[archive.labels], np.int32) for part in parts])
         images = np.empty((sum(len(part[b"data"]) for part in parts), 32, 32, 3), np.uint8)
@@ -235,28 +235,11 @@ def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[Arrays, Arrays
             rows = part.pop(b"data")  # [n, 3072], channels first
             images[start : start + len(rows)] = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             start += len(rows)
-        return images, labels
+        return Split(images, labels)
 
     ((meta, md5),) = archive.meta.items()
     names = read_pickle(folder / meta, md5)[archive.class_names]
     return split(archive.train), split(archive.test), tuple(name.decode() for name in names)
-
-
-def _read_prepared(folder: pathlib.Path) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Reads what TFDS prepared as array_record; needs no TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(folder)
-
-    def split(name: str) -> Arrays:
-        source = builder.as_data_source(split=name)
-        images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
-        labels = np.empty(len(source), np.int32)
-        for i, example in enumerate(source):
-            images[i], labels[i] = example["image"], example["label"]
-        return images, labels
-
-    return split("train"), split("test"), tuple(builder.info.features["label"].names)
 
 
 def _find_folder(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
@@ -272,16 +255,6 @@ def _find_file(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path 
         for file in (root, *_nearby(root, archive.filename)):
             if file.is_file():
                 return file
-    return None
-
-
-def _find_prepared(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
-    for root in roots:
-        candidates = [*root.glob("dataset_info.json"), *root.glob(f"{archive.name}/*/dataset_info.json")]
-        for info in sorted(candidates, reverse=True):
-            facts = json.loads(info.read_text())
-            if facts.get("name") == archive.name and facts.get("fileFormat") == "array_record":
-                return info.parent
     return None
 
 

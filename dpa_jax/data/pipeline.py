@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpa_jax.data.sources import Split
+from dpa_jax.data.splits import Split
 
 RESIDENCES = ("auto", "device", "host")
 _CPU_BYTES = 2 * 2**30

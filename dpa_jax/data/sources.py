@@ -1,97 +1,66 @@
-"""Where images come from: every data set by its name, as uint8 arrays in memory."""
+"""Where images come from: every data set by its name."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable
 
 import ml_collections
 import numpy as np
 
-from dpa_jax.activations.checks import check_choice
-from dpa_jax.data import archives
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images with their labels.
-
-    Attributes:
-      images: uint8 [N, H, W, C].
-      labels: int32 [N].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where a shape or a dtype is another."""
-        if self.images.ndim != 4 or self.images.dtype != np.uint8 or not self.images.size:
-            raise ValueError(f"images must be uint8 [N, H, W, C] with none of them 0, not {_describe(self.images)}")
-        if self.labels.shape != self.images.shape[:1] or self.labels.dtype != np.int32:
-            raise ValueError(f"labels must be int32 [{len(self)}], one an image, not {_describe(self.labels)}")
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.images)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A training and a test split, and what a model needs to know of them.
-
-    Attributes:
-      name: the name it was loaded by.
-      train: the training split.
-      test: the held-out split.
-      num_classes: how many classes there are; labels are 0 .. num_classes - 1.
-      mean: per channel, of training images scaled to [0, 1].
-      std: standard deviations, likewise.
-      class_names: one a class, in the order of the labels.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    class_names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where a label is out of range, or the parts do not belong together."""
-        for split_name, split in (("train", self.train), ("test", self.test)):
-            bad = np.flatnonzero((split.labels < 0) | (split.labels >= self.num_classes))
-            if bad.size:
-                raise ValueError(
-                    f"{self.name}: label {split.labels[bad[0]]} at position {bad[0]} of split {split_name!r} "
-                    f"is outside 0 .. {self.num_classes - 1}, there are {self.num_classes} classes"
-                )
-        shape = self.train.images.shape[1:]
-        if self.test.images.shape[1:] != shape:
-            raise ValueError(f"{self.name}: test images are {self.test.images.shape[1:]}, training images {shape}")
-        if not len(self.mean) == len(self.std) == shape[-1]:
-            raise ValueError(
-                f"{self.name}: mean and std need one value for each of {shape[-1]} channels, "
-                f"not {self.mean} and {self.std}"
-            )
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
+from dpa_jax.activations.checks import check_choice, check_range
+from dpa_jax.data import archives, folder, prepared
+from dpa_jax.data.splits import Dataset, Split
 
 
 def load(data: ml_collections.ConfigDict) -> Dataset:
-    """Loads a data set into memory.
+    """Loads a data set; images that do not fit into memory stay where they are until they are wanted.
 
     Args:
-      data: the configuration's `data` part: `name` (a key of `SOURCES`), `dir` and `download` (CIFAR; see
-        `archives.load`), and `image_size, channels, num_classes, train_examples, test_examples` (synthetic).
+      data: the configuration's `data` part: `name` (a key of `SOURCES`, or `tfds:NAME`), `dir` and `download` (see
+        `archives.load`, `folder.load`, `prepared.load`), `imbalance` (see `long_tail`), `mean` and `std` (in place
+        of the source's own), and `image_size, channels, num_classes, train_examples, test_examples` (synthetic).
 
     Raises:
       ValueError: the name is unknown, or the data is not what it should be.
       FileNotFoundError: the data is not there; the message says how to get it.
     """
-    check_choice("config", "data.name", data.name, SOURCES)
-    return SOURCES[data.name](data)
+    if data.name.startswith(_TFDS):
+        dataset = _prepared(data)
+    else:
+        check_choice("config", "data.name", data.name, [*SOURCES, f"{_TFDS}NAME"])
+        dataset = SOURCES[data.name](data)
+    train = dataset.train
+    if data.imbalance != 1:
+        train = train.take(long_tail(train.labels, dataset.num_classes, data.imbalance))
+    mean, std = tuple(data.mean) or dataset.mean, tuple(data.std) or dataset.std
+    return dataclasses.replace(dataset, train=train, mean=mean, std=std)
+
+
+def long_tail(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarray:
+    """Which images stay where the classes get rarer exponentially, as in the long-tailed CIFAR sets.
+
+    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", 2019: of n images a class, class k of K
+    keeps n * imbalance^(-k / (K - 1)), rounded down; here at least one.
+
+    Args:
+      labels: int32 [N].
+      num_classes: K.
+      imbalance: how many times more images the first class keeps than the last.
+
+    Returns:
+      Positions, int64 [n], rising; the same for ever, and a greater imbalance keeps some of what a smaller one does.
+
+    Raises:
+      ValueError: the imbalance is less than 1.
+    """
+    check_range("config", "data.imbalance", imbalance, low=1)
+    profile = imbalance ** (-np.arange(num_classes) / max(num_classes - 1, 1))
+    kept = np.maximum(len(labels) / num_classes * profile, 1).astype(np.int64)
+    order = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
+    return np.sort(np.concatenate([order[labels[order] == k][: kept[k]] for k in range(num_classes)]))
 
 
 def _digits(data: ml_collections.ConfigDict) -> Dataset:
@@ -115,14 +84,31 @@ def _digits(data: ml_collections.ConfigDict) -> Dataset:
     )
 
 
-def _cifar(
-    archive: archives.Archive, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[ml_collections.ConfigDict], Dataset]:
-    def source(data: ml_collections.ConfigDict) -> Dataset:
-        train, test, class_names = archives.load(archive, data.dir, data.download)
-        return Dataset(archive.name, Split(*train), Split(*test), len(class_names), mean, std, class_names)
+def _cifar(archive: archives.Archive, data: ml_collections.ConfigDict) -> Dataset:
+    train, test, class_names = archives.load(archive, data.dir, data.download)
+    return Dataset(archive.name, train, test, len(class_names), *_STATISTICS[archive.name], class_names)
 
-    return source
+
+def _folder(data: ml_collections.ConfigDict, get: str = "") -> Dataset:
+    """A folder of images, ImageNet first of all; `get` says where its images are to be had."""
+    root = pathlib.Path(data.dir or f"data/{data.name}").expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{data.name}: there is no folder {root.absolute()}. {get}Pass --config.data.dir=DIR; wanted is "
+            f"{folder.LAYOUT}."
+        )
+    train, test, class_names = folder.load(root)
+    return Dataset(data.name, train, test, len(class_names), *_STATISTICS["imagenet"], class_names)
+
+
+def _prepared(data: ml_collections.ConfigDict) -> Dataset:
+    """Any set of images with a class each that TFDS has prepared."""
+    name = data.name.removeprefix(_TFDS)
+    train, test, class_names = prepared.load(name, data.dir, data.download)
+    mean, std = _STATISTICS.get(name, _STATISTICS["imagenet"])
+    if train.channels == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    return Dataset(data.name, train, test, len(class_names), mean, std, class_names)
 
 
 def _synthetic(data: ml_collections.ConfigDict) -> Dataset:
@@ -152,18 +138,29 @@ def _synthetic(data: ml_collections.ConfigDict) -> Dataset:
     )
 
 
-def _describe(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"
+_TFDS = "tfds:"
 
+# Per channel, mean and standard deviation of images scaled to [0, 1]; where nothing else is known, ImageNet's.
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
 
-_cifar10 = _cifar(archives.CIFAR10, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
-_cifar100 = _cifar(archives.CIFAR100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+_IMAGENET = (
+    "ImageNet's images (ILSVRC2012) are to be had at https://www.image-net.org/download.php once you have agreed to "
+    "their terms. "
+)
+_IMAGENET100 = _IMAGENET + "ImageNet-100 is the folders of 100 of its classes. "
 
 # A new source is one function here.
 SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Dataset]] = {
     "digits": _digits,
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
+    "cifar10": functools.partial(_cifar, archives.CIFAR10),
+    "cifar100": functools.partial(_cifar, archives.CIFAR100),
+    "imagenet": functools.partial(_folder, get=_IMAGENET),
+    "imagenet100": functools.partial(_folder, get=_IMAGENET100),
+    "folder": _folder,
     "synthetic": _synthetic,
     "fake_data": _synthetic,
 }

@@ -84,15 +84,14 @@ def extracted(folder: pathlib.Path, files: dict[str, bytes] = FILES) -> pathlib.
 
 
 def check_content(loaded) -> None:
-    (train_images, train_labels), (test_images, test_labels), names = loaded
+    train, test, names = loaded
     rows = np.concatenate([BATCHES["train_1"][b"data"], BATCHES["train_2"][b"data"]])
-    assert train_images.shape == (7, 32, 32, 3)
+    assert train.images.shape == (7, 32, 32, 3)
     for channel in range(3):  # the file holds the whole red image, then the green, then the blue one, row by row
         plane = rows[:, 1024 * channel : 1024 * (channel + 1)]
-        assert np.array_equal(train_images[..., channel].reshape(7, 1024), plane)
-    assert train_labels.tolist() == BATCHES["train_1"][b"fine_labels"] + BATCHES["train_2"][b"fine_labels"]
-    assert test_images.shape == (2, 32, 32, 3) and test_labels.tolist() == BATCHES["test"][b"fine_labels"]
-    assert train_labels.dtype == test_labels.dtype == np.int32 and train_images.dtype == np.uint8
+        assert np.array_equal(train.images[..., channel].reshape(7, 1024), plane)
+    assert train.labels.tolist() == BATCHES["train_1"][b"fine_labels"] + BATCHES["train_2"][b"fine_labels"]
+    assert test.images.shape == (2, 32, 32, 3) and test.labels.tolist() == BATCHES["test"][b"fine_labels"]
     assert names == ("ant", "bee", "cat")
 
 
@@ -274,71 +273,3 @@ def test_new_pickles_are_read_too(tmp_path):
         path.write_bytes(pickle.dumps(BATCHES["test"], protocol=protocol))
         read = archives.read_pickle(path, md5(path.read_bytes()))
         assert np.array_equal(read[b"data"], BATCHES["test"][b"data"])
-
-
-@pytest.fixture
-def prepared(tmp_path):
-    """A folder as TFDS prepares it, in array_record format, with its random images."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    folder = tmp_path / "small/3.0.2"
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"]),
-        }
-    )
-    content, splits = {}, []
-    for name, examples in (("train", 5), ("test", 3)):
-        content[name] = RANDOM.integers(0, 256, (examples, 32, 32, 3), np.uint8), np.arange(examples) % 3
-        path = folder / f"small-{name}.array_record-00000-of-00001"
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for image, label in zip(*content[name], strict=True):
-            writer.write(features.serialize_example({"image": png(image), "label": int(label)}))
-        writer.close()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="small", split=name, filetype_suffix="array_record"
-        )
-        splits.append(
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=[examples],
-                num_bytes=path.stat().st_size,
-                filename_template=template,
-            )
-        )
-    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=splits, check_data=False)
-    return folder, content
-
-
-def png(image: np.ndarray) -> io.BytesIO:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    file.seek(0)
-    return file
-
-
-@pytest.mark.parametrize("up", [0, 2])
-def test_a_folder_prepared_by_tfds_is_read(tmp_path, prepared, up):
-    folder, content = prepared
-    given = [folder, *folder.parents][up]
-    train, test, names = archives.load(published(tmp_path / "a/b/c"), str(given), download=False)
-    for read, expected in ((train, content["train"]), (test, content["test"])):
-        assert np.array_equal(read[0], expected[0]) and read[0].dtype == np.uint8
-        assert np.array_equal(read[1], expected[1]) and read[1].dtype == np.int32
-    assert names == ("ant", "bee", "cat")
-
-
-def test_a_prepared_folder_of_another_set_or_format_is_not_taken(tmp_path, prepared):
-    folder, _ = prepared
-    archive = published(tmp_path / "a/b/c")
-    with pytest.raises(FileNotFoundError):
-        archives.load(dataclasses.replace(archive, name="large"), str(folder), download=False)
-    info = folder / "dataset_info.json"
-    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(FileNotFoundError, match="array_record"):
-        archives.load(archive, str(folder), download=False)

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 
 from dpa_jax.data import pipeline
 from dpa_jax.data.pipeline import Feed, Sampler
-from dpa_jax.data.sources import Split
+from dpa_jax.data.splits import Split
 
 
 def make_split(examples=21) -> Split:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dpa_jax.data import sources
-from dpa_jax.data.sources import Dataset, Split
+from dpa_jax.data.splits import Dataset, Split
 
 
 def config(**changes):
@@ -16,6 +16,9 @@ def config(**changes):
         "num_classes": 5,
         "train_examples": 400,
         "test_examples": 101,
+        "imbalance": 1.0,
+        "mean": (),
+        "std": (),
     }
     return ml_collections.ConfigDict({**values, **changes})
 
@@ -126,3 +129,46 @@ def test_parts_that_do_not_belong_together_are_refused():
 def test_a_split_refuses_other_shapes_and_types(images, labels, message):
     with pytest.raises(ValueError, match=message):
         Split(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("classes", "each", "imbalance", "first", "last", "total"),
+    # As published for the long-tailed CIFAR sets.
+    [
+        (10, 5000, 100, 5000, 50, 12406),
+        (10, 5000, 50, 5000, 100, 13996),
+        (10, 5000, 10, 5000, 500, 20431),
+        (100, 500, 100, 500, 5, 10847),
+        (100, 500, 50, 500, 10, 12608),
+        (100, 500, 10, 500, 50, 19573),
+    ],
+)
+def test_the_published_long_tails(classes, each, imbalance, first, last, total):
+    labels = np.tile(np.arange(classes, dtype=np.int32), each)
+    kept = sources.long_tail(labels, classes, imbalance)
+    counts = np.bincount(labels[kept])
+    assert (counts[0], counts[-1], counts.sum()) == (first, last, total)
+    assert np.all(np.diff(counts) <= 0) and np.all(np.diff(kept) > 0)
+    assert set(sources.long_tail(labels, classes, 2 * imbalance)) < set(kept)
+
+
+def test_the_images_that_stay_are_the_same_for_ever():
+    kept = sources.long_tail(np.tile(np.arange(2, dtype=np.int32), 8), 2, 4)
+    assert kept.tolist() == [0, 2, 4, 6, 8, 9, 10, 11, 12, 14]
+
+
+def test_a_long_tail_is_cut_from_the_training_split_alone():
+    whole, tail = (sources.load(config(imbalance=imbalance)) for imbalance in (1, 16))
+    assert np.bincount(tail.train.labels).tolist() == [80, 40, 20, 10, 5]
+    assert len(tail.test) == len(whole.test) == 101
+    kept = sources.long_tail(whole.train.labels, 5, 16)
+    assert np.array_equal(tail.train.images, whole.train.images[kept])
+    with pytest.raises(ValueError, match=r"data\.imbalance must be at least 1; got 0\.5"):
+        sources.load(config(imbalance=0.5))
+
+
+def test_a_mean_and_a_standard_deviation_of_ones_own():
+    dataset = sources.load(config(mean=(0.1, 0.2)))
+    assert dataset.mean == (0.1, 0.2) and dataset.std == sources.load(config()).std
+    with pytest.raises(ValueError, match=r"one value for each of 2 channels, not \(0\.1,\)"):
+        sources.load(config(mean=(0.1,)))

@@ -1,0 +1,93 @@
+"""Folders of images: ImageNet, and any other that has a folder a class."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import BinaryIO
+
+import numpy as np
+
+from dpa_jax.data import cache
+from dpa_jax.data.splits import LazySplit
+
+LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class FolderSplit(LazySplit):
+    """The images of a folder with one folder a class.
+
+    Args:
+      folder: the folder.
+      files: `{class: its files' names}`; the classes get the labels 0, 1, ... in this order.
+    """
+
+    def __init__(self, folder: pathlib.Path, files: dict[str, list[str]]):
+        """See the class."""
+        super().__init__(np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files.values()]))
+        self._folders = [str(folder / name) for name in files]
+        # One string and where its parts end: a million small strings would cost every worker 100 MB.
+        names = [os.fsencode(name) for names in files.values() for name in names]
+        self._names, self._ends = b"".join(names), np.cumsum([0, *map(len, names)])
+
+    def where(self, i: int) -> str:
+        """The path of image i."""
+        name = self._names[self._ends[i] : self._ends[i + 1]]
+        return os.path.join(self._folders[self.labels[i]], os.fsdecode(name))
+
+    def open(self, i: int) -> BinaryIO:
+        """The file of image i."""
+        return open(self.where(i), "rb")
+
+
+def load(root: pathlib.Path) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
+    """Finds the images of a folder; which there are is remembered until a folder changes.
+
+    Args:
+      root: a folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`. Images are
+        JPEG or PNG by their names' endings; names that begin with a dot are left out.
+
+    Returns:
+      The training and the held-out images, and the classes, sorted by name, as the images of each are.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: a class has no images, or is in one of the two only.
+    """
+    root = root.absolute()
+    train, test = (_find(root, *names) for names in (("train",), ("val", "test")))
+    train_files, test_files = _files(train), _files(test)
+    for folder, missing in ((test, train_files.keys() - test_files), (train, test_files.keys() - train_files)):
+        if missing:
+            raise ValueError(
+                f"{folder} has no folder {min(missing)!r}, a class that the other split has ({len(missing)} such "
+                f"classes); wanted is {LAYOUT}"
+            )
+    return FolderSplit(train, train_files), FolderSplit(test, test_files), tuple(train_files)
+
+
+def _find(root: pathlib.Path, *names: str) -> pathlib.Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"there is no folder {' or '.join(str(root / name) for name in names)}; wanted is {LAYOUT}")
+
+
+def _files(folder: pathlib.Path) -> dict[str, list[str]]:
+    """`{class: its files' names}`, both sorted."""
+
+    def look() -> dict[str, list[str]]:
+        with os.scandir(folder) as entries:
+            classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return {name: sorted(filter(_is_image, os.listdir(folder / name))) for name in classes}
+
+    files = cache.remembered(f"folder {folder}", look, lambda files: [folder, *(folder / name for name in files)])
+    empty = [name for name, images in files.items() if not images]
+    if empty or not files:
+        raise ValueError(f"there are no images in {folder / empty[0] if empty else folder}; wanted is {LAYOUT}")
+    return files
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
