@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpa_jax.activations.checks import check_choice, check_range
+from dpa_jax.data.augment import parse_policy
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
 SCHEDULES = ("cosine", "step", "multistep", "constant")
@@ -229,6 +230,14 @@ def validate(config: Mapping[str, Any]) -> None:
         _check_range(config, f"augment.{name}", low=0.0, high=1.0)
     for name in ("mixup", "cutmix"):
         _check_range(config, f"augment.{name}", low=0.0)
+    if config["augment"]["rand_augment"]:
+        parse_policy(config["augment"]["rand_augment"])
+    amounts = config["augment"]["color_jitter"]
+    if len(amounts) != 4 or not all(_is_number(amount) and amount >= 0 for amount in amounts) or amounts[3] > 0.5:
+        raise ValueError(
+            "config: augment.color_jitter must be 4 numbers, for brightness, contrast, saturation and hue, none "
+            f"under 0 and the last at most 0.5; got {amounts}"
+        )
     _check_interval(config, "augment.scale", high=1.0)
     _check_interval(config, "augment.ratio")
 

@@ -13,6 +13,7 @@ from flax import struct
 
 from dpa_jax.activations import MUTABLE, Summary, summarize
 from dpa_jax.activations.penalties import RECORDS, Ratio
+from dpa_jax.data.augment import Mixed
 from dpa_jax.data.pipeline import Batch
 from dpa_jax.training.metrics import Classification, cross_entropy
 from dpa_jax.training.state import TrainState
@@ -24,6 +25,7 @@ def make_train_step(
     transform: Callable[[jax.Array, Batch], jax.Array],
     coefficients: Mapping[str, float],
     label_smoothing: float = 0.0,
+    mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The training step of a model.
 
@@ -33,6 +35,7 @@ def make_train_step(
         transform: (key, batch) to normalised, augmented images [B, H, W, C].
         coefficients: {penalty: its weight in the loss}.
         label_smoothing: in [0, 1).
+        mix: (key, images, labels) to images mixed in pairs; a mechanism and ``top1`` see the label of the greater part.
 
     Returns:
         (state, batch) -> (state, metrics), the metrics a dict of float32 scalars: ``loss``, each of its terms
@@ -41,21 +44,27 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         base_key = jax.random.wrap_key_data(state.key)
-        augment_key, dropout_key = jax.random.split(base_key)
-        images = transform(augment_key, batch)
+        augment_key, dropout_key, mix_key = jax.random.split(base_key, 3)
+        images, labels = transform(augment_key, batch), batch.labels
+        if mix:
+            mixed = mix(jax.random.fold_in(mix_key, state.step), images, labels)
+            images, labels = mixed.images, mixed.labels
         dropout_key = jax.random.fold_in(dropout_key, state.step)
 
         def loss_fn(params, backward_memory):
             logits, mutated = model.apply(
                 state.replace(params=params, backward_memory=backward_memory).variables,
                 images,
-                batch.labels,
+                labels,
                 train=True,
                 mutable=[*MUTABLE, *state.model_state],
                 rngs={"dropout": dropout_key},
             )
             summary = summarize(mutated)
-            total, count = cross_entropy(logits, batch.labels, label_smoothing)
+            total, count = cross_entropy(logits, labels, label_smoothing)
+            if mix:
+                other, _ = cross_entropy(logits, mixed.others, label_smoothing)
+                total = mixed.weight * total + (1 - mixed.weight) * other
             terms = {"cross_entropy": total / jnp.maximum(count, 1.0), **summary.penalties()}
             loss = _weighted(terms, coefficients)
             return loss, (terms, summary, logits, mutated)
@@ -68,7 +77,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **{f"loss_{name}": term for name, term in terms.items()},
-            "top1": _top1(logits, batch.labels),
+            "top1": _top1(logits, labels),
             "gradient_norm": optax.tree.norm(gradients),
             **({} if summary.masked is None else {"masked_fraction": summary.masked.value()}),
         }

@@ -57,7 +57,8 @@ def random_resized_crop(
       uint8 [size, size, C].
     """
     box_key, kernel_key = jax.random.split(key)
-    box = box_from_draws(jax.random.uniform(box_key, (BOX_DRAWS,)), *image.shape[:2], scale, ratio)
+    height, width, _ = image.shape
+    box = box_from_draws(jax.random.uniform(box_key, (BOX_DRAWS,)), height, width, scale, ratio)
     if interpolation == "random":
         return resample(image, box, size, random_kernel(kernel_key))
     return resized_crop(image, box, size, interpolation)
@@ -86,16 +87,36 @@ def box_from_draws(draws: Any, height: int, width: int, scale: tuple[float, floa
       int32 [4], top, left, height, width, an array of the kind that `draws` is.
     """
     xp = draws.__array_namespace__()
-    tries = 10
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:tries])
-    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draws[tries : 2 * tries]
-    widths = xp.round(xp.sqrt(area * aspect)).astype(xp.int32)
-    heights = xp.round(xp.sqrt(area / aspect)).astype(xp.int32)
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = xp.argmax(fits)
-    box_height = xp.where(fits[first], heights[first], min(height, round(width / ratio[0])))
-    box_width = xp.where(fits[first], widths[first], min(width, round(height * ratio[1])))
+    fits, box_height, box_width = first_fit(draws[:20], height, width, height * width, scale, ratio)
+    box_height = xp.where(fits, box_height, min(height, round(width / ratio[0])))
+    box_width = xp.where(fits, box_width, min(width, round(height * ratio[1])))
     room = xp.stack([height - box_height, width - box_width])
-    anywhere = xp.floor(draws[-2:] * (room + 1).astype(xp.float32)).astype(xp.int32)
-    corner = xp.where(fits[first], anywhere, room // 2)
+    anywhere = xp.floor(draws[20:] * (room + 1).astype(xp.float32)).astype(xp.int32)
+    corner = xp.where(fits, anywhere, room // 2)
     return xp.concat([corner, xp.stack([box_height, box_width])]).astype(xp.int32)
+
+
+def first_fit(
+    draws: Any, max_height: int, max_width: int, area: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Any, Any, Any]:
+    """The first of ten random boxes that is no larger than it may be.
+
+    Args:
+      draws: float32 [20], uniform in [0, 1); a NumPy or a JAX array.
+      max_height: in pixels.
+      max_width: likewise.
+      area: of the image, in pixels.
+      scale: least and greatest area, as a fraction of the image's.
+      ratio: least and greatest width divided by height; drawn uniformly in its logarithm.
+
+    Returns:
+      Whether there is one, its height and its width.
+    """
+    xp = draws.__array_namespace__()
+    areas = area * (scale[0] + (scale[1] - scale[0]) * draws[:10])
+    aspects = ratio[0] * (ratio[1] / ratio[0]) ** draws[10:]
+    widths = xp.round(xp.sqrt(areas * aspects)).astype(xp.int32)
+    heights = xp.round(xp.sqrt(areas / aspects)).astype(xp.int32)
+    fits = (widths > 0) & (widths <= max_width) & (heights > 0) & (heights <= max_height)
+    first = xp.argmax(fits)
+    return fits[first], heights[first], widths[first]

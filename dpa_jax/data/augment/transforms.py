@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from dpa_jax.data.augment.color import color_jitter
 from dpa_jax.data.augment.crop import center_crop, random_crop, random_flip, random_resized_crop
+from dpa_jax.data.augment.erasing import random_erasing
+from dpa_jax.data.augment.policy import parse_policy, rand_augment
 from dpa_jax.data.augment.resample import resize
 from dpa_jax.data.pipeline import Batch
 
@@ -26,10 +29,14 @@ def train_transform(
 ) -> Callable[[jax.Array, Batch], jax.Array]:
     """The augmentation of training images.
 
+    In timm's order: crop, flip, RandAugment, colour jitter, normalisation, erasing. Mixing is for `mix`.
+
     Args:
       config: the configuration's `augment` part. `image_size`: side length of the result, 0 for the stored
         one. `crop`: "none", "pad" (`random_crop` by `padding`) or "resized" (`random_resized_crop` with
-        `scale`, `ratio` and `interpolation`). `flip`: probability of a horizontal flip.
+        `scale`, `ratio` and `interpolation`). `flip`: probability of a horizontal flip. `rand_augment`: a
+        policy for `rand_augment`, whose fill is the mean; empty for none. `color_jitter`: the four amounts
+        for `color_jitter`. `erase`: probability of `random_erasing`.
       mean: per channel, in units of [0, 1].
       std: likewise.
 
@@ -38,37 +45,48 @@ def train_transform(
       on nothing else: not on the batch size, the device count or the place in the batch.
 
     Raises:
-      ValueError: `crop` is something else.
+      ValueError: `crop` is something else, or an operation refuses its part of the configuration.
     """
-    operations: list[Operation] = []
-    if config.crop == "pad":
-        operations.append(lambda key, image: random_crop(key, image, config.padding))
-    elif config.crop == "resized":
-        operations.append(
-            lambda key, image: random_resized_crop(
-                key,
-                image,
-                config.image_size or image.shape[0],
-                tuple(config.scale),
-                tuple(config.ratio),
-                config.interpolation,
-            )
-        )
-    elif config.crop != "none":
-        raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
+    operations: list[Operation] = [_crop(config), lambda _, image: resize(image, config.image_size or image.shape[0])]
     if config.flip:
         operations.append(lambda key, image: random_flip(key, image, config.flip))
+    if config.rand_augment:
+        policy = parse_policy(config.rand_augment)
+        fill = [min(255, round(255 * value)) for value in mean]
+        operations.append(lambda key, image: rand_augment(key, image, policy, fill, config.interpolation))
+    if any(config.color_jitter):
+        operations.append(lambda key, image: color_jitter(key, image, *config.color_jitter))
+    operations.append(lambda _, image: normalize(image, mean, std))
+    if config.erase:
+        operations.append(lambda key, image: random_erasing(key, image, config.erase))
 
     def one(key: jax.Array, image: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(key, epoch), index)
         for place, operation in enumerate(operations):
             image = operation(jax.random.fold_in(key, place), image)
-        return normalize(resize(image, config.image_size or image.shape[0]), mean, std)
+        return image
 
     def transform(key: jax.Array, batch: Batch) -> jax.Array:
         return jax.vmap(one, in_axes=(None, 0, 0, 0))(key, batch.images, batch.index, batch.epoch)
 
     return transform
+
+
+def _crop(config: ml_collections.ConfigDict) -> Operation:
+    if config.crop == "none":
+        return lambda _, image: image
+    if config.crop == "pad":
+        return lambda key, image: random_crop(key, image, config.padding)
+    if config.crop == "resized":
+        return lambda key, image: random_resized_crop(
+            key,
+            image,
+            config.image_size or image.shape[0],
+            tuple(config.scale),
+            tuple(config.ratio),
+            config.interpolation,
+        )
+    raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
 
 
 def eval_transform(

@@ -25,6 +25,9 @@ def config(**changes):
         "ratio": (3 / 4, 4 / 3),
         "interpolation": "random",
         "flip": 0.0,
+        "rand_augment": "",
+        "color_jitter": (0.0, 0.0, 0.0, 0.0),
+        "erase": 0.0,
         "eval_resize": 0,
     }
     return ml_collections.ConfigDict({**values, **changes})
@@ -60,7 +63,7 @@ def rows(one: Batch, which) -> Batch:
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_resized_crops_equal_the_recorded_ones(golden, method):
-    recorded = golden("resize")
+    recorded = golden("augment")
     boxes = jnp.asarray(recorded["crop_boxes_top_left_height_width"], jnp.int32)
     crop = functools.partial(augment.resized_crop, size=32, method=method)
     every_box_of_every_image = jax.jit(jax.vmap(jax.vmap(crop, in_axes=(0, None)), in_axes=(None, 0)))
@@ -70,7 +73,7 @@ def test_resized_crops_equal_the_recorded_ones(golden, method):
 
 
 def test_the_evaluation_transform_equals_the_recorded_one(golden):
-    recorded = golden("resize")
+    recorded = golden("augment")
     transform = augment.eval_transform(config(image_size=32, eval_resize=36), MEAN, STD)
     values = np.asarray(jax.jit(transform)(recorded["images"]))
     levels = (values * np.array(STD) + np.array(MEAN)) * 255

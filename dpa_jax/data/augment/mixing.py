@@ -1,0 +1,74 @@
+"""Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), one draw a batch, as timm's default is."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Mixed:
+    """A batch whose images are mixed in pairs.
+
+    Attributes:
+      images: [B, H, W, C].
+      labels: int32 [B], of the image that makes up the greater part.
+      others: int32 [B], of the other image.
+      weight: float32 [], the greater part; the target is weight * labels + (1 - weight) * others.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    others: jax.Array
+    weight: jax.Array
+
+
+def mix(
+    key: jax.Array, images: jax.Array, labels: jax.Array, mixup: float = 0.0, cutmix: float = 0.0, switch: float = 0.5
+) -> Mixed:
+    """Mixes each image with the one at the mirrored place of the batch.
+
+    Mixup adds the two, weighed by a draw from Beta(mixup, mixup). CutMix puts a box of the other in, whose
+    share of the area is a draw from Beta(cutmix, cutmix) until the rim of the image clips it.
+
+    Args:
+      key: a typed key.
+      images: float [B, H, W, C].
+      labels: int32 [B].
+      mixup: alpha of mixup; 0: no mixup.
+      cutmix: alpha of CutMix; 0: no CutMix.
+      switch: where both are wanted, the probability that a batch gets CutMix.
+
+    Raises:
+      ValueError: neither is wanted, or an alpha is negative.
+    """
+    if min(mixup, cutmix) < 0 or max(mixup, cutmix) == 0:
+        raise ValueError(f"mix: alphas must be at least 0 and not both 0; got mixup {mixup}, cutmix {cutmix}")
+    switch_key, share_key, box_key = jax.random.split(key, 3)
+    cut = jax.random.bernoulli(switch_key, switch if mixup and cutmix else float(cutmix > 0))
+    alpha = jnp.where(cut, cutmix, mixup)
+    share = jax.random.beta(share_key, alpha, alpha)
+
+    own_HxW = jnp.where(cut, _outside_of_a_box(box_key, 1 - share, *images.shape[1:3]), share)
+    own = own_HxW.astype(images.dtype)[None, :, :, None]
+    weight = jnp.mean(own_HxW)
+    more = weight >= 0.5
+    return Mixed(
+        images=own * images + (1 - own) * images[::-1],
+        labels=jnp.where(more, labels, labels[::-1]),
+        others=jnp.where(more, labels[::-1], labels),
+        weight=jnp.maximum(weight, 1 - weight),
+    )
+
+
+def _outside_of_a_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
+    """Float32 [H, W], 0 in a box of such a share of the area with its middle anywhere, and 1 around it."""
+    draws = jax.random.uniform(key, (2,))
+    away = jnp.zeros((height, width), bool)
+    for axis, (length, draw) in enumerate(zip((height, width), draws, strict=True)):
+        extent = jnp.floor(length * jnp.sqrt(share)).astype(jnp.int32)
+        middle = jnp.floor(draw * length).astype(jnp.int32)
+        place = jax.lax.broadcasted_iota(jnp.int32, (height, width), axis)
+        away |= (place < middle - extent // 2) | (place >= middle + (extent + 1) // 2)
+    return away.astype(jnp.float32)

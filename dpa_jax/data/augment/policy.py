@@ -1,0 +1,155 @@
+"""RandAugment (Cubuk et al., 2020) as timm defines it, from a string like `rand-m9-mstd0.5-inc1`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dpa_jax.activations.checks import check_choice
+from dpa_jax.data.augment.operations import OPERATIONS, RESAMPLE, apply, check_image
+
+# An operation is as strong as it gets here, but for those that go on growing where `mmax` lets them.
+MAX_LEVEL = 10.0
+_SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?|(?<=mstd)inf)")
+_WHOLE = ("m", "n", "mmax", "inc")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What a RandAugment string says.
+
+    Attributes:
+      magnitude: `m`, the mean of an operation's magnitude.
+      std: `mstd`, its standard deviation; infinite (or over 100 in the string): uniform from 0 to `magnitude`.
+      max_magnitude: `mmax`, what it is clipped to; from below by 0.
+      layers: `n`, operations an image, drawn with replacement.
+      p: `p`, the probability that each of them is applied.
+      increasing: `inc`, whether Posterize, Solarize and the blends get stronger with the magnitude.
+    """
+
+    magnitude: float = MAX_LEVEL
+    std: float = 0.0
+    max_magnitude: float = MAX_LEVEL
+    layers: int = 2
+    p: float = 0.5
+    increasing: bool = False
+
+
+def parse_policy(text: str) -> Policy:
+    """Reads timm's grammar: `rand`, then `mM`, `mstdS`, `mmaxX`, `nN`, `pP`, `incI` in any order, all optional.
+
+    Raises:
+      ValueError: anything else, also timm's weighted choice of operations, `t`.
+    """
+    head, *sections = text.split("-")
+    values: dict[str, float] = {}
+    for section in sections:
+        match = _SECTION.fullmatch(section)
+        if not match or match[1] in values or (match[1] in _WHOLE and "." in match[2]):
+            head = ""
+            break
+        values[match[1]] = float(match[2])
+    if head != "rand" or values.get("p", 0.0) > 1:
+        raise ValueError(
+            f"{text!r} is no RandAugment policy; one is rand-m9-mstd0.5-inc1: 'rand', and any of mM, nN, mmaxX, "
+            "inc0 or inc1 (whole numbers), mstdS and pP, each once"
+        )
+    std = values.get("mstd", 0.0)
+    return Policy(
+        magnitude=values.get("m", MAX_LEVEL),
+        std=math.inf if std > 100 else std,
+        max_magnitude=values.get("mmax", 0.0) or MAX_LEVEL,
+        layers=int(values.get("n", 2)),
+        p=values.get("p", 0.5),
+        increasing=bool(values.get("inc", 0)),
+    )
+
+
+def rand_augment(
+    key: jax.Array,
+    image: jax.Array,
+    policy: str | Policy = "rand-m9-mstd0.5-inc1",
+    fill: int | Sequence[int] = 128,
+    interpolation: str = "random",
+) -> jax.Array:
+    """Applies operations drawn at random, each with a random magnitude and sign.
+
+    Args:
+      key: a typed key.
+      image: uint8 [H, W, C] with C 1 or 3.
+      policy: timm's string, or what `parse_policy` makes of it.
+      fill: the level, or the C levels, of what comes from outside the image; timm takes the data's mean.
+      interpolation: "bilinear", "bicubic", or "random" for one of the two with equal chances, operation by
+        operation; for those that move pixels.
+
+    Returns:
+      uint8 [H, W, C].
+
+    Raises:
+      ValueError: the policy, the interpolation, the image or the fill is none.
+    """
+    if isinstance(policy, str):
+        policy = parse_policy(policy)
+    check_choice("rand_augment", "interpolation", interpolation, (*RESAMPLE, "random"))
+    check_image(image, fill)
+    if not policy.layers:
+        return image
+    # One draw for everything: random bits are most of what this costs to compile.
+    kinds_key, strengths_key = jax.random.split(key)
+    draws_Lx4 = jax.random.uniform(kinds_key, (policy.layers, 4))
+    op_L = jnp.floor(draws_Lx4[:, 0] * len(OPERATIONS)).astype(jnp.int32)
+    op_L = jnp.where(draws_Lx4[:, 1] < policy.p, op_L, len(OPERATIONS))
+    sign_L = jnp.where(draws_Lx4[:, 2] < 0.5, -1.0, 1.0)
+    cubic_L = (
+        (draws_Lx4[:, 3] < 0.5) if interpolation == "random" else jnp.full(policy.layers, interpolation == "bicubic")
+    )
+    magnitude_L = _magnitudes(strengths_key, policy)
+
+    def layer(image: jax.Array, draws: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        op, sign, cubic, magnitude = draws
+        return apply(op, image, arguments_of(magnitude, sign, policy.increasing), cubic, fill), None
+
+    return jax.lax.scan(layer, image, (op_L, sign_L, cubic_L, magnitude_L))[0]
+
+
+def _magnitudes(key: jax.Array, policy: Policy) -> jax.Array:
+    """One for each layer: float32 [layers]."""
+    shape = (policy.layers,)
+    if policy.std == math.inf:
+        magnitudes = jax.random.uniform(key, shape, maxval=policy.magnitude)
+    else:
+        magnitudes = policy.magnitude + policy.std * jax.random.normal(key, shape)
+    return jnp.clip(magnitudes, 0.0, policy.max_magnitude)
+
+
+def arguments_of(magnitude: jax.Array, sign: jax.Array, increasing: bool) -> jax.Array:
+    """What each operation takes at a magnitude.
+
+    Args:
+      magnitude: float32 [], 10 for the strongest that the papers use.
+      sign: float32 [], -1 or 1: which way an operation goes that has two ways.
+      increasing: whether Posterize, Solarize and the blends get stronger with the magnitude.
+
+    Returns:
+      float32 [len(OPERATIONS)], in the order of `OPERATIONS`; 0 where an operation takes nothing.
+    """
+    share = magnitude / MAX_LEVEL
+    factor = jnp.maximum(0.1, 1 + sign * share * 0.9) if increasing else share * 1.8 + 0.1
+    bits, threshold = jnp.floor(share * 4), jnp.minimum(jnp.floor(share * 256), 256)
+    if increasing:
+        bits, threshold = 4 - bits, 256 - threshold
+    taken: dict[str, jax.Array] = {
+        "Posterize": bits,
+        "Solarize": threshold,
+        "SolarizeAdd": jnp.minimum(jnp.floor(share * 110), 128),
+        **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), factor),
+        "Rotate": sign * share * 30,
+        **dict.fromkeys(("ShearX", "ShearY"), sign * share * 0.3),
+        **dict.fromkeys(("TranslateXRel", "TranslateYRel"), sign * share * 0.45),
+    }
+    return jnp.stack([taken.get(name, jnp.zeros(())) for name in OPERATIONS])
