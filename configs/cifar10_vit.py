@@ -3,8 +3,8 @@
     python train.py --config configs/cifar10_vit.py --config.data.dir=DIR [--config.data.download=True]
 
 The same as configs/cifar100_vit.py, also in cost, but for the data and lambda.
-Expected: the papers' top-1 is 91.3% for DPA, 89.9% for ReLU and 89.2% for GELU. They train with RandAugment
-and random erasing too, which this configuration does not have yet.
+Expected: the papers' top-1 is 91.3% for DPA, 92.1% for DNRT, 89.9% for ReLU and 89.2% for GELU.
+`--config.data.imbalance=10` (50, 100) gives DNRT's long-tailed CIFAR-10; its top-1 there is 56.5% (53.6, 47.3).
 """
 
 from ml_collections import ConfigDict

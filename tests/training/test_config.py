@@ -52,6 +52,20 @@ def test_the_papers_recipe():
     assert config.optimizer.learning_rate == pytest.approx(0.0005 * 1024 / 512)
     config10 = load(next(path for path in CONFIGS if path.stem == "cifar10_vit"))
     assert (config10.data.name, config10.coefficients.channel, config10.coefficients.arr) == ("cifar10", 1.0, 10.0)
+    imagenets = [
+        load(next(path for path in CONFIGS if path.stem == f"{name}_vit")) for name in ("imagenet", "imagenet100")
+    ]
+    for one in (config, config10, *imagenets):
+        recipe = one.augment
+        assert (recipe.crop, recipe.scale, recipe.ratio, recipe.interpolation) == (
+            "resized",
+            (0.08, 1),
+            (3 / 4, 4 / 3),
+            "random",
+        )
+        assert (recipe.flip, recipe.rand_augment, recipe.erase) == (0.5, "rand-m9-mstd0.5-inc1", 0.25)
+        assert (recipe.mixup, recipe.cutmix, any(recipe.color_jitter), one.label_smoothing) == (0, 0, False, 0)
+        assert (recipe.image_size, recipe.eval_resize) == ((224, 256) if one in imagenets else (32, 36))
 
 
 def test_a_typo_in_a_configuration_file_raises_with_the_nearest_key():
@@ -132,6 +146,13 @@ def test_command_line_refuses(override, message):
         ("augment.crop", "padd", r"augment\.crop must be one of .*Did you mean 'pad'\?"),
         ("augment.scale", (0.5, 2.0), r"augment\.scale must be \(low, high\), more than 0, at most 1\.0"),
         ("augment.ratio", (2.0, 0.5), r"augment\.ratio must be \(low, high\)"),
+        ("data.corrupt", "ignore", r"data\.corrupt must be one of refuse, replace"),
+        ("data.imbalance", 0.5, r"data\.imbalance must be at least 1\.0; got 0\.5"),
+        ("augment.rand_augment", "rand-k3", r"'rand-k3' is no RandAugment policy"),
+        ("augment.color_jitter", (0.4, 0.4, 0.4), r"augment\.color_jitter must be 4 numbers"),
+        ("augment.color_jitter", (0.4, 0.4, 0.4, 0.6), r"the last at most 0\.5"),
+        ("augment.erase", 1.5, r"augment\.erase must be in \[0\.0, 1\.0\]"),
+        ("augment.mixup", -1.0, r"augment\.mixup must be at least 0"),
         ("augment.flip", -0.5, r"augment\.flip must be in \[0\.0, 1\.0\]; got -0\.5"),
         ("checkpoint.keep", 0, r"checkpoint\.keep must be at least 1; got 0"),
     ],

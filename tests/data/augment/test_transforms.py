@@ -37,6 +37,14 @@ RECIPES = {
     "pad": config(crop="pad", flip=0.5),
     "resized": config(crop="resized", image_size=12, flip=0.5),
     "none": config(image_size=12),
+    "whole": config(
+        crop="resized",
+        image_size=12,
+        flip=0.5,
+        rand_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=(0.4, 0.4, 0.4, 0.1),
+        erase=0.25,
+    ),
 }
 
 
@@ -214,7 +222,25 @@ def test_jit_and_vmap_change_nothing(recipe):
         np.testing.assert_allclose(alone(key, rows(data, [i]))[0], together[i], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["pad", "resized"])
+def test_the_operations_come_in_timms_order():
+    data, key = batch(), jax.random.key(1)
+    ours = jax.jit(augment.train_transform(RECIPES["whole"], MEAN, STD))(key, data)
+
+    @jax.jit
+    def by_hand(image, key):
+        keys = [jax.random.fold_in(key, place) for place in range(7)]
+        image = augment.random_resized_crop(keys[0], image, 12)
+        image = augment.random_flip(keys[2], image)
+        image = augment.rand_augment(keys[3], image, fill=(129, 124, 112))  # the mean, in levels
+        image = augment.color_jitter(keys[4], image, 0.4, 0.4, 0.4, 0.1)
+        return augment.random_erasing(keys[6], augment.normalize(image, MEAN, STD), 0.25)
+
+    for i in range(6):
+        image_key = jax.random.fold_in(jax.random.fold_in(key, data.epoch[i]), data.index[i])
+        np.testing.assert_allclose(ours[i], by_hand(data.images[i], image_key), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pad", "resized", "whole"])
 def test_draws_follow_from_key_epoch_and_index_alone(name):
     transform = jax.jit(augment.train_transform(RECIPES[name], MEAN, STD))
     data, key = batch(), jax.random.key(3)
@@ -230,7 +256,7 @@ def test_draws_follow_from_key_epoch_and_index_alone(name):
         assert (np.asarray(other) != values).any(axis=(1, 2, 3)).sum() >= 5
 
 
-@pytest.mark.parametrize("name", ["pad", "resized"])
+@pytest.mark.parametrize("name", ["pad", "resized", "whole"])
 def test_eight_devices_give_what_one_gives(name):
     split = Split(images(30, 16, 16, 3), np.zeros(30, np.int32))
     transform = jax.jit(augment.train_transform(RECIPES[name], MEAN, STD))
