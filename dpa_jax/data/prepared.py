@@ -32,6 +32,7 @@ class PreparedSplit(LazySplit):
         """See the class."""
         import tensorflow_datasets as tfds
 
+        folder = folder.absolute()
         builder = tfds.builder_from_directory(folder)
         self._place = f"split {name!r} of {folder}"
         self._records = builder.as_data_source(split=name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

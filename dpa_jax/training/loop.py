@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
 from dpa_jax.data import augment, sources
-from dpa_jax.data.pipeline import Feed
+from dpa_jax.data.loader import make_feed
+from dpa_jax.data.pipeline import BaseFeed
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.config import validate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
@@ -54,8 +55,8 @@ class Program:
         schedule: step -> learning rate.
     """
 
-    train_feed: Feed
-    eval_feed: Feed
+    train_feed: BaseFeed
+    eval_feed: BaseFeed
     init: Callable[[], TrainState]
     abstract_state: TrainState
     train_step: jax.stages.Wrapped
@@ -85,21 +86,21 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
 
     # ---------------- Data ----------------
     dataset = sources.load(config.data)
-    train_feed = Feed(dataset.train, mesh, config.batch_size, config.seed, config.data.resident)
-    eval_feed = Feed(dataset.test, mesh, config.eval_batch_size, config.seed, config.data.resident)
-    train_transform = augment.train_transform(config.augment, dataset.mean, dataset.std)
-    eval_transform = augment.eval_transform(config.augment, dataset.mean, dataset.std)
+    train_feed = make_feed(dataset.train, mesh, config.batch_size, config, training=True)
+    eval_feed = make_feed(dataset.test, mesh, config.eval_batch_size, config, training=False)
+    train_transform = augment.train_transform(train_feed.left_to_do(config.augment), dataset.mean, dataset.std)
+    eval_transform = augment.eval_transform(eval_feed.left_to_do(config.augment), dataset.mean, dataset.std)
 
     # ---------------- Model ----------------
-    height, width, channels = dataset.train.images.shape[1:]
-    model = create_model(config, dataset.num_classes, channels)
+    model = create_model(config, dataset.num_classes, train_feed.image_shape[-1])
     size = config.augment.image_size
-    given = (size or height, size or width, channels)
-    if model.image_shape != given:
-        raise ValueError(
-            f"model {config.model!r} takes images of shape {model.image_shape}; those of data {config.data.name!r} "
-            f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
-        )
+    for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
+        given = (size or height, size or width, channels)
+        if model.image_shape != given:
+            raise ValueError(
+                f"model {config.model!r} takes images of shape {model.image_shape}; those of data {config.data.name!r} "
+                f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
+            )
 
     # ---------------- Optimiser ----------------
     sampler = train_feed.sampler
@@ -115,7 +116,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
     eval_step = make_eval_step(model, eval_transform)
     # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer, seed=config.seed)
-    _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create(())), train_feed.train(0))
+    _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create(())), train_feed.abstract_batch)
     init = jax.jit(lambda seed=config.seed: create(tuple(metrics), seed=seed), out_shardings=replicated)
     abstract_state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(init)
@@ -181,6 +182,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         preemption = stack.enter_context(Preemption())
+        stack.enter_context(contextlib.closing(program.train_feed))
 
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(program.abstract_state) or (0, program.init())

@@ -132,7 +132,7 @@ def test_an_accelerator_holds_what_takes_a_quarter_of_its_memory(stats, fits):
     class Machines:
         local_devices = (Accelerator(stats),)
 
-    assert pipeline._fits(100, Machines()) is fits
+    assert pipeline.fits(100, Machines()) is fits
 
 
 @pytest.mark.parametrize("batch_size", [0, 4, 12])

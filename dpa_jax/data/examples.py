@@ -1,0 +1,149 @@
+"""The images of a run of batches, one after the other, as grain takes them: made in threads or worker processes."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import itertools
+from typing import TypedDict
+
+import numpy as np
+
+from dpa_jax.data.host_crop import DRAWS, EvalCrop, TrainCrop
+from dpa_jax.data.pipeline import Sampler
+from dpa_jax.data.splits import CorruptImageError, LazySplit
+
+
+class Example(TypedDict):
+    """One row of a batch.
+
+    Attributes:
+      image: uint8 [S, S, 3].
+      label: its class; -1 counts nowhere.
+      index: its position in the split.
+      epoch: the epoch it belongs to.
+      warning: what is wrong with it; empty: nothing.
+    """
+
+    image: np.ndarray
+    label: int
+    index: int
+    epoch: int
+    warning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples(abc.ABC):
+    """The rows of batches, without end, that one process sends to its devices.
+
+    Attributes:
+      split: where they come from.
+      replace: whether an image that cannot be decoded is done without; else it is an error.
+      rows: int [R], the process's rows in every batch, rising.
+      batch_size: the global batch size.
+      first: the first batch's number.
+    """
+
+    split: LazySplit
+    replace: bool
+    rows: np.ndarray
+    batch_size: int
+    first: int
+
+    def __len__(self) -> int:
+        """More rows than will ever be asked for."""
+        return len(self.rows) * 2**40
+
+    def __getitem__(self, i: int) -> Example:
+        """Reads row i; raises CorruptImageError where an image is and is not done without."""
+        batch, row = divmod(i, len(self.rows))
+        return self.at((self.first + batch) * self.batch_size + int(self.rows[row]))
+
+    @abc.abstractmethod
+    def at(self, position: int) -> Example:
+        """What is at this place of the stream."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainExamples(Examples):
+    """Training: in the sampler's order, without end.
+
+    Attributes:
+      sampler: says which image is where.
+      crop: cuts them.
+    """
+
+    sampler: Sampler
+    crop: TrainCrop
+
+    def at(self, position: int) -> Example:
+        """The image of this place, or the next that can be decoded."""
+        index, epoch = self.sampler.at(position)
+        image, index, warning = read_or_next(self.split, index, self.replace)
+        cut = self.crop(image, uniform(self.sampler.seed, epoch, index))
+        return Example(image=cut, label=int(self.split.labels[index]), index=index, epoch=epoch, warning=warning)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExamples(Examples):
+    """Evaluation: in order, every image once, then padding.
+
+    Attributes:
+      crop: cuts them.
+    """
+
+    crop: EvalCrop
+
+    def at(self, position: int) -> Example:
+        """The image of this place; black with the label -1 after the last, and where it cannot be decoded."""
+        cut, label, warning = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8), -1, ""
+        inside = position < len(self.split)
+        if inside:
+            image, warning = read_or_none(self.split, position, self.replace)
+            if image is not None:
+                cut, label = self.crop(image), int(self.split.labels[position])
+        return Example(image=cut, label=label, index=position if inside else 0, epoch=0, warning=warning)
+
+
+def read_or_next(split: LazySplit, i: int, replace: bool) -> tuple[np.ndarray, int, str]:
+    """Reads image i, or, where it is corrupt and may be replaced, the next that is not.
+
+    Returns:
+      uint8 [H, W, 3], the position that it was read from, and a warning where that is another.
+
+    Raises:
+      CorruptImageError: it is corrupt and `replace` is False, or all are.
+    """
+    image, warning = read_or_none(split, i, replace)
+    if image is not None:
+        return image, i, ""
+    for other in itertools.chain(range(i + 1, len(split)), range(i)):
+        image, _ = read_or_none(split, other, replace)
+        if image is not None:
+            return image, other, f"{warning}; {split.where(other)} takes its place"
+    raise CorruptImageError(f"{warning}, nor does any other image of the split")
+
+
+def read_or_none(split: LazySplit, i: int, replace: bool) -> tuple[np.ndarray | None, str]:
+    """Reads image i, for those who can do without it.
+
+    Returns:
+      uint8 [H, W, 3] and an empty string, or None and a warning where it is corrupt.
+
+    Raises:
+      CorruptImageError: it is, and `replace` is False.
+    """
+    try:
+        return split.read(i), ""
+    except CorruptImageError as error:
+        if not replace:
+            raise CorruptImageError(f"{error}. Mend it, or do without with --config.data.corrupt=replace.") from error
+        return None, f"{error}; it counts nowhere"
+
+
+def uniform(seed: int, epoch: int, index: int) -> np.ndarray:
+    """The draws of an image, float32 [DRAWS] in [0, 1): the same for ever and on every machine."""
+    # Far along the stream of the epoch's permutation, which has the same key.
+    counter = np.array([0, 0, 0, index + 1], np.uint64)
+    bits = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=counter).random_raw(DRAWS)
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
