@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,9 +27,13 @@ class ParquetSplit(LazySplit):
         """See the class."""
         import pyarrow.parquet
 
-        self._files, self._column, self._images = files, image, None
-        labels = pyarrow.parquet.read_table(files, columns=[label])[label]
-        super().__init__(labels.to_numpy().astype(np.int32))
+        table = pyarrow.parquet.read_table(files, columns=[image, label])
+        super().__init__(table[label].to_numpy().astype(np.int32))
+        self._files, self._columns, self._images = files, (image, label), table[image]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        # A worker process gets the names and reads the files itself.
+        return type(self), (self._files, *self._columns)
 
     def where(self, i: int) -> str:
         """The number of image i in its files."""
@@ -37,15 +41,7 @@ class ParquetSplit(LazySplit):
 
     def open(self, i: int) -> BinaryIO:
         """The encoded image i."""
-        if self._images is None:
-            import pyarrow.parquet
-
-            self._images = pyarrow.parquet.read_table(self._files, columns=[self._column])[self._column]
         return io.BytesIO(self._images[i].as_py()["bytes"] or b"")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process reads the files itself, when it needs the first image.
-        return {**vars(self), "_images": None}
 
 
 def load(root: pathlib.Path) -> tuple[ParquetSplit, ParquetSplit, tuple[str, ...]]:

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from dpa_jax.activations.checks import check_choice, check_range
-from dpa_jax.data import archives, folder, prepared
+from dpa_jax.data import archives, folder, parquet, prepared
 from dpa_jax.data.splits import Dataset, Split
 
 
@@ -20,8 +20,9 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
 
     Args:
       data: the configuration's `data` part: `name` (a key of `SOURCES`, or `tfds:NAME`), `dir` and `download` (see
-        `archives.load`, `folder.load`, `prepared.load`), `imbalance` (see `long_tail`), `mean` and `std` (in place
-        of the source's own), and `image_size, channels, num_classes, train_examples, test_examples` (synthetic).
+        `archives.load`, `folder.load`, `parquet.load`, `prepared.load`), `imbalance` (see `long_tail`), `mean` and
+        `std` (in place of the source's own), and `image_size`, `channels`, `num_classes`, `train_examples` and
+        `test_examples` (synthetic).
 
     Raises:
       ValueError: the name is unknown, or the data is not what it should be.
@@ -101,6 +102,17 @@ def _folder(data: ml_collections.ConfigDict, get: str = "") -> Dataset:
     return Dataset(data.name, train, test, len(class_names), *_STATISTICS["imagenet"], class_names)
 
 
+def _parquet(data: ml_collections.ConfigDict) -> Dataset:
+    """Any set of images with a class each that Hugging Face's `datasets` has written as parquet."""
+    root = pathlib.Path(data.dir or "data").expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"parquet: there is no folder {root.absolute()}. Pass --config.data.dir=DIR; wanted is {parquet.LAYOUT}."
+        )
+    train, test, class_names = parquet.load(root)
+    return Dataset(data.name, train, test, len(class_names), *_STATISTICS["imagenet"], class_names)
+
+
 def _prepared(data: ml_collections.ConfigDict) -> Dataset:
     """Any set of images with a class each that TFDS has prepared."""
     name = data.name.removeprefix(_TFDS)
@@ -161,6 +173,7 @@ SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Dataset]] = {
     "imagenet": functools.partial(_folder, get=_IMAGENET),
     "imagenet100": functools.partial(_folder, get=_IMAGENET100),
     "folder": _folder,
+    "parquet": _parquet,
     "synthetic": _synthetic,
     "fake_data": _synthetic,
 }

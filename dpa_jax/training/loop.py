@@ -112,7 +112,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
 
     # ---------------- State and steps ----------------
     coefficients = dict(config.coefficients)
-    train_step = make_train_step(model, optimizer, train_transform, coefficients, config.label_smoothing)
+    alphas = {"mixup": config.augment.mixup, "cutmix": config.augment.cutmix}
+    mix = functools.partial(augment.mix, **alphas) if any(alphas.values()) else None
+    train_step = make_train_step(model, optimizer, train_transform, coefficients, config.label_smoothing, mix)
     eval_step = make_eval_step(model, eval_transform)
     # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer, seed=config.seed)
