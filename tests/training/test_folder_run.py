@@ -1,0 +1,64 @@
+"""A whole run on images that are read from a folder at every step."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpa_jax.data.loader import StreamFeed
+from dpa_jax.data.splits import CorruptImageError
+from dpa_jax.training.config import default_config
+from dpa_jax.training.loop import build, train_and_evaluate
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """3 steps an epoch: 24 images to train on and 10 to evaluate, of two classes that are easily told apart."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = random.integers(12, 30, 2)
+                image = random.integers(0, 120, (height, width, 3), np.uint8) + np.uint8(120 * label)
+                Image.fromarray(image).save(tmp_path / "set" / split / name / f"{i}.jpg")
+    config = default_config()
+    config.update(mechanism="relu", batch_size=8, eval_batch_size=8, epochs=2)
+    config.schedule.name = "constant"
+    config.model_options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    config.data.update(name="imagenet", dir=str(tmp_path / "set"))
+    config.augment.update(image_size=8, crop="resized", scale=(0.5, 1.0), flip=0.5, eval_resize=10)
+    config.optimizer.learning_rate = 0.02
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_run_on_a_folder_goes_on_as_if_never_interrupted(config, tmp_path, capsys):
+    last = train_and_evaluate(config, tmp_path / "run")
+    assert (last["step"], last["eval_top1"] * 10 % 1) == (6, 0)  # of 10 images, not of the 16 in the padded batches
+    shutil.rmtree(tmp_path / "run/checkpoints/6")
+    again = train_and_evaluate(config, tmp_path / "run")
+    assert {**again, "images_per_second": 0} == {**last, "images_per_second": 0}
+    assert f"continuing after step 3 of 6 in {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_a_corrupt_image_stops_a_run_with_its_path(config, tmp_path):
+    (tmp_path / "set/train/dark/3.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(CorruptImageError, match=r"train/dark/3\.jpg cannot be decoded"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_model_of_another_size_is_refused(config):
+    assert isinstance(build(config).train_feed, StreamFeed)
+    config.augment.update(image_size=12, eval_resize=0)
+    with pytest.raises(ValueError, match=r"takes images of shape \(8, 8, 3\); .* come as \(12, 12, 3\)"):
+        build(config)
