@@ -22,14 +22,14 @@ class Example(TypedDict):
       label: its class; -1 counts nowhere.
       index: its position in the split.
       epoch: the epoch it belongs to.
-      warning: what is wrong with it; empty: nothing.
+      corrupt: why the image that should be here cannot be decoded; empty: it can.
     """
 
     image: np.ndarray
     label: int
     index: int
     epoch: int
-    warning: str
+    corrupt: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Examples(abc.ABC):
 
     Attributes:
       split: where they come from.
-      replace: whether an image that cannot be decoded is done without; else it is an error.
       rows: int [R], the process's rows in every batch, rising.
       batch_size: the global batch size.
       first: the first batch's number.
     """
 
     split: LazySplit
-    replace: bool
     rows: np.ndarray
     batch_size: int
     first: int
@@ -55,7 +53,7 @@ class Examples(abc.ABC):
         return len(self.rows) * 2**40
 
     def __getitem__(self, i: int) -> Example:
-        """Reads row i; raises CorruptImageError where an image is and is not done without."""
+        """Reads row i."""
         batch, row = divmod(i, len(self.rows))
         return self.at((self.first + batch) * self.batch_size + int(self.rows[row]))
 
@@ -77,11 +75,11 @@ class TrainExamples(Examples):
     crop: TrainCrop
 
     def at(self, position: int) -> Example:
-        """The image of this place, or the next that can be decoded."""
+        """The image of this place, or the next that can be decoded; CorruptImageError where none can."""
         index, epoch = self.sampler.at(position)
-        image, index, warning = read_or_next(self.split, index, self.replace)
+        image, index, corrupt = read_or_next(self.split, index)
         cut = self.crop(image, uniform(self.sampler.seed, epoch, index))
-        return Example(image=cut, label=int(self.split.labels[index]), index=index, epoch=epoch, warning=warning)
+        return Example(image=cut, label=int(self.split.labels[index]), index=index, epoch=epoch, corrupt=corrupt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,49 +94,40 @@ class EvalExamples(Examples):
 
     def at(self, position: int) -> Example:
         """The image of this place; black with the label -1 after the last, and where it cannot be decoded."""
-        cut, label, warning = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8), -1, ""
+        cut, label, corrupt = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8), -1, ""
         inside = position < len(self.split)
         if inside:
-            image, warning = read_or_none(self.split, position, self.replace)
+            image, corrupt = read_or_none(self.split, position)
             if image is not None:
                 cut, label = self.crop(image), int(self.split.labels[position])
-        return Example(image=cut, label=label, index=position if inside else 0, epoch=0, warning=warning)
+        return Example(image=cut, label=label, index=position if inside else 0, epoch=0, corrupt=corrupt)
 
 
-def read_or_next(split: LazySplit, i: int, replace: bool) -> tuple[np.ndarray, int, str]:
-    """Reads image i, or, where it is corrupt and may be replaced, the next that is not.
+def read_or_next(split: LazySplit, i: int) -> tuple[np.ndarray, int, str]:
+    """Reads image i, or the next that can be decoded.
 
     Returns:
-      uint8 [H, W, 3], the position that it was read from, and a warning where that is another.
+      uint8 [H, W, 3], the position that it was read from, and why image i cannot be decoded, empty where it can.
 
     Raises:
-      CorruptImageError: it is corrupt and `replace` is False, or all are.
+      CorruptImageError: none can.
     """
-    image, warning = read_or_none(split, i, replace)
+    image, corrupt = read_or_none(split, i)
     if image is not None:
         return image, i, ""
     for other in itertools.chain(range(i + 1, len(split)), range(i)):
-        image, _ = read_or_none(split, other, replace)
+        image, _ = read_or_none(split, other)
         if image is not None:
-            return image, other, f"{warning}; {split.where(other)} takes its place"
-    raise CorruptImageError(f"{warning}, nor does any other image of the split")
+            return image, other, corrupt
+    raise CorruptImageError(f"{corrupt}, nor can any other image of the split")
 
 
-def read_or_none(split: LazySplit, i: int, replace: bool) -> tuple[np.ndarray | None, str]:
-    """Reads image i, for those who can do without it.
-
-    Returns:
-      uint8 [H, W, 3] and an empty string, or None and a warning where it is corrupt.
-
-    Raises:
-      CorruptImageError: it is, and `replace` is False.
-    """
+def read_or_none(split: LazySplit, i: int) -> tuple[np.ndarray | None, str]:
+    """Reads image i: uint8 [H, W, 3] and an empty string, or None and why it cannot be decoded."""
     try:
         return split.read(i), ""
     except CorruptImageError as error:
-        if not replace:
-            raise CorruptImageError(f"{error}. Mend it, or do without with --config.data.corrupt=replace.") from error
-        return None, f"{error}; it counts nowhere"
+        return None, str(error)
 
 
 def uniform(seed: int, epoch: int, index: int) -> np.ndarray:

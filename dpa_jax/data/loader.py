@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
@@ -49,7 +49,7 @@ def make_feed(split: AnySplit, mesh: Mesh, batch_size: int, config: ConfigDict, 
     """
     resident, replace = config.data.resident, config.data.corrupt == "replace"
     if isinstance(split, LazySplit):
-        if resident == "host" or (resident == "auto" and not _fits_decoded(split, mesh, replace)):
+        if resident == "host" or (resident == "auto" and not _fits_decoded(split, mesh)):
             return StreamFeed(split, mesh, batch_size, config, training)
         split = _decoded(split, replace, training)
     return Feed(split, mesh, batch_size, config.seed, resident)
@@ -101,8 +101,9 @@ class StreamFeed(BaseFeed):
             self.close()
             self._stream = self._read(TrainExamples(**self._rows_from(step), sampler=self.sampler, crop=self._crop))
         self._next_step = step + 1
-        batch, messages = next(self._stream)
-        _warn(messages)
+        batch, corrupt = next(self._stream)
+        for reason, taken in corrupt:
+            _do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
         return batch
 
     def evaluation(self) -> Iterator[Batch]:
@@ -110,8 +111,9 @@ class StreamFeed(BaseFeed):
         batches = math.ceil(len(self.split) / self.batch_size)
         # Closed before its end: grain's workers leave shared memory behind where they come to one.
         with contextlib.closing(self._read(EvalExamples(**self._rows_from(0), crop=self._crop))) as stream:
-            for batch, messages in itertools.islice(stream, batches):
-                _warn(messages)
+            for batch, corrupt in itertools.islice(stream, batches):
+                for reason, _ in corrupt:
+                    _do_without(reason, "it counts nowhere", self._replace)
                 yield batch
 
     def close(self) -> None:
@@ -123,14 +125,17 @@ class StreamFeed(BaseFeed):
     def _rows_from(self, first: int) -> dict[str, Any]:
         return {
             "split": self.split,
-            "replace": self._replace,
             "rows": self._rows,
             "batch_size": self.batch_size,
             "first": first,
         }
 
     def _read(self, examples: Examples) -> grain.DatasetIterator:
-        """Yields (batch, warnings), read by threads here or in worker processes and put on the devices by another."""
+        """Yields batches, read by threads here or in worker processes and put on the devices by another thread.
+
+        With each come its corrupt images, as (why they cannot be decoded, index in the batch). They are not raised
+        where they are read, so that all ends in order.
+        """
         threads = 2 if self._workers else os.cpu_count() or 1
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, len(self._rows)))
         images = grain.MapDataset.source(examples).to_iter_dataset(options)
@@ -142,7 +147,7 @@ class StreamFeed(BaseFeed):
         batches = images.batch(len(self._rows), batch_fn=self._on_devices)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
 
-    def _on_devices(self, examples: Sequence[Example]) -> tuple[Batch, list[str]]:
+    def _on_devices(self, examples: Sequence[Example]) -> tuple[Batch, list[tuple[str, int]]]:
         def on_devices(column: Sequence, dtype: type) -> jax.Array:
             own: np.ndarray = np.array(column, dtype)
 
@@ -159,7 +164,7 @@ class StreamFeed(BaseFeed):
             index=on_devices([example["index"] for example in examples], np.int32),
             epoch=on_devices([example["epoch"] for example in examples], np.int32),
         )
-        return batch, [example["warning"] for example in examples if example["warning"]]
+        return batch, [(example["corrupt"], example["index"]) for example in examples if example["corrupt"]]
 
 
 def _start_worker(_: int, __: int) -> None:
@@ -176,57 +181,60 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _fits_decoded(split: LazySplit, mesh: Mesh, replace: bool) -> bool:
+def _fits_decoded(split: LazySplit, mesh: Mesh) -> bool:
     """Whether the images are all of one size, and decoded a small part of a device's memory."""
-    shapes = _shapes(split, replace)
+    shapes = _shapes(split)
     _, first = next(shapes)
     return fits(len(split) * math.prod(first), mesh) and all(shape == first for _, shape in shapes)
 
 
 def _decoded(split: LazySplit, replace: bool, training: bool) -> Split:
     """All images in memory; with those that cannot be decoded is done as `TrainExamples` and `EvalExamples` do."""
-    first, shape = next(_shapes(split, replace))
+    first, shape = next(_shapes(split))
     images, labels = np.zeros((len(split), *shape), np.uint8), split.labels.copy()
 
-    def fill(i: int) -> str:
+    def fill(i: int) -> tuple[str, str]:
         image: np.ndarray | None
         if training:
-            image, taken, warning = read_or_next(split, i, replace)
-            labels[i] = split.labels[taken]
+            image, taken, reason = read_or_next(split, i)
+            labels[i], consequence = split.labels[taken], f"{split.where(taken)} takes its place"
         else:
-            image, warning = read_or_none(split, i, replace)
+            image, reason = read_or_none(split, i)
             if image is None:
                 labels[i] = -1
-                return warning
+                return reason, "it counts nowhere"
+            consequence = ""
         if image.shape != shape:
             raise ValueError(
                 f"data.resident=device needs images of one size: {split.where(first)} is {shape}, "
                 f"{split.where(i)} is {image.shape}. Pass --config.data.resident=host."
             )
         images[i] = image
-        return warning
+        return reason, consequence
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        _warn(filter(None, pool.map(fill, range(len(split)))))
+        for reason, consequence in pool.map(fill, range(len(split))):
+            if reason:
+                _do_without(reason, consequence, replace)
     return Split(images, labels)
 
 
-def _shapes(split: LazySplit, replace: bool) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Positions and shapes of the images whose headers are whole; CorruptImageError where none is, or not `replace`."""
+def _shapes(split: LazySplit) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Positions and shapes of the images whose headers are whole; CorruptImageError where none is."""
     found = False
     for i in range(len(split)):
         try:
             shape = split.shape(i)
-        except CorruptImageError:
-            if not replace:
-                raise
-        else:
-            found = True
-            yield i, shape
+        except CorruptImageError:  # which is told of when it is decoded
+            continue
+        found = True
+        yield i, shape
     if not found:
         raise CorruptImageError(f"no image of the split can be decoded, from {split.where(0)} on")
 
 
-def _warn(messages: Iterable[str]) -> None:
-    for message in messages:
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+def _do_without(reason: str, consequence: str, replace: bool) -> None:
+    """Warns of a corrupt image; raises CorruptImageError where it may not be replaced."""
+    if not replace:
+        raise CorruptImageError(f"{reason}. Mend it, or do without it: --config.data.corrupt=replace")
+    warnings.warn(f"{reason}; {consequence}", RuntimeWarning, stacklevel=3)
