@@ -1,5 +1,9 @@
 import collections
+import hashlib
+import multiprocessing
+import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +22,7 @@ from dpa_jax.data.pipeline import Feed, Sampler
 from dpa_jax.data.splits import CorruptImageError, Split
 from dpa_jax.training.config import default_config
 
-EXAMPLES = 21  # 12 and 9 in two classes; 14 to evaluate
+EXAMPLES = 21  # 12 and 9 of two classes; 8 and 6 to evaluate
 
 
 def make_tree(root, sizes=((19, 14), (11, 23), (16, 16))):
@@ -127,7 +131,11 @@ def test_worker_processes_give_what_threads_give_and_start_no_jax(tree, monkeypa
     with pytest.warns(RuntimeWarning, match=r"bee/05\.png cannot be decoded"):
         for step in range(3):
             assert_equal(workers.train(step), wanted[step])
+            for child in multiprocessing.active_children():  # as a scheduler does; the run decides when it stops
+                os.kill(child.pid, signal.SIGTERM)
+    assert len(multiprocessing.active_children()) == 2
     workers.close()
+    assert not multiprocessing.active_children()
     with pytest.warns(RuntimeWarning, match=r"ant/03\.png cannot be decoded"):
         found = list(eval_feed(tree, corrupt="replace", workers=1).evaluation())
     for one, other in zip(found, wanted_evaluation, strict=True):
@@ -371,8 +379,6 @@ jax.distributed.shutdown()
 
 
 def test_two_processes_read_the_halves_of_what_one_reads(tree):
-    import hashlib
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
