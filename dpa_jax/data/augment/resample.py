@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Kernel = Callable[[jax.Array], jax.Array]
+from dpa_jax.activations.checks import check_choice
+
+Kernel = Callable[[Any], Any]
 
 
 def resized_crop(image: jax.Array, box: jax.Array, size: int, method: str) -> jax.Array:
@@ -26,32 +30,68 @@ def resized_crop(image: jax.Array, box: jax.Array, size: int, method: str) -> ja
     Raises:
       ValueError: the method is something else.
     """
-    if method not in _KERNELS:
-        raise ValueError(f"the interpolation must be one of {', '.join(_KERNELS)}, not {method!r}")
-    return resample(image, box, size, _KERNELS[method])
+    return resample(image, box, size, _kernel(method))
 
 
-def resize(image: jax.Array, size: int, method: str = "bilinear") -> jax.Array:
-    """Resizes a whole image uint8 [H, W, C] to [size, size, C]; see `resized_crop`."""
-    height, width, _ = image.shape
-    if height == width == size:
-        return image
-    return resized_crop(image, jnp.array([0, 0, height, width]), size, method)
+def resize(image: jax.Array, size: int | tuple[int, int], method: str = "bilinear") -> jax.Array:
+    """Resizes a whole image in Pillow's fixed point, so that every level is Pillow's.
+
+    Args:
+      image: uint8 [H, W, C].
+      size: height and width of the result, or one number for both.
+      method: "bilinear" or "bicubic".
+
+    Returns:
+      uint8 [height, width, C].
+
+    Raises:
+      ValueError: the method is something else.
+    """
+    kernel = _kernel(method)
+    height, width = (size, size) if isinstance(size, int) else size
+    levels = jnp.asarray(image, jnp.int32)
+    # Columns first, as the transposed image's rows.
+    levels = _resize_rows(levels.transpose(1, 0, 2), width, kernel).transpose(1, 0, 2)
+    return _resize_rows(levels, height, kernel).astype(jnp.uint8)
 
 
-def _bilinear(x: jax.Array) -> jax.Array:
-    return jnp.maximum(1 - jnp.abs(x), 0)
+def _resize_rows(levels: jax.Array, size: int, kernel: Kernel) -> jax.Array:
+    """Int32 [H, W, C] to [size, W, C]."""
+    length = levels.shape[0]
+    if length == size:
+        return levels
+    zero, whole = np.zeros((), np.int64), np.asarray(length)
+    weights_SxH = _weights(zero, whole.astype(np.float64), length, size, kernel)
+    weights_SxH = np.rint(weights_SxH * 2**_BITS).astype(np.int32)
+    # Most are 0: only so many next to each other count.
+    first_S = np.argmax(weights_SxH != 0, axis=1)
+    taps = np.max(length - np.argmax(weights_SxH[:, ::-1] != 0, axis=1) - first_S)
+    rows_SxT = np.minimum(first_S[:, None] + np.arange(taps), length - 1)
+    weights_SxT = np.where(first_S[:, None] + np.arange(taps) < length, np.take_along_axis(weights_SxH, rows_SxT, 1), 0)
+    total = jnp.sum(levels[rows_SxT] * weights_SxT[..., None, None], axis=1)
+    return jnp.clip((total + 2 ** (_BITS - 1)) >> _BITS, 0, 255)
 
 
-def _bicubic(x: jax.Array) -> jax.Array:
+def _bilinear(x: Any) -> Any:
+    return (1 - abs(x)).clip(0)
+
+
+def _bicubic(x: Any) -> Any:
     """Keys' cubic convolution with a = -1/2, which Pillow uses."""
-    x = jnp.abs(x)
+    x = abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+    return (x < 1) * near + ((x >= 1) & (x < 2)) * far
 
 
+# Of NumPy's arrays as well as JAX's.
 _KERNELS: dict[str, Kernel] = {"bilinear": _bilinear, "bicubic": _bicubic}
+_BITS = 22  # after the point in Pillow's weights
+
+
+def _kernel(method: str) -> Kernel:
+    check_choice("resize", "the interpolation", method, _KERNELS)
+    return _KERNELS[method]
 
 
 def random_kernel(key: jax.Array) -> Kernel:
@@ -64,8 +104,8 @@ def resample(image: jax.Array, box: jax.Array, size: int, kernel: Kernel) -> jax
     """`resized_crop` with a kernel of one's own: Pillow's two passes, columns first."""
     height, width, _ = image.shape
     top, left, box_height, box_width = box
-    columns_SxW = _weights(left, box_width, width, size, kernel)
-    rows_SxH = _weights(top, box_height, height, size, kernel)
+    columns_SxW = _weights(left, box_width.astype(jnp.float32), width, size, kernel)
+    rows_SxH = _weights(top, box_height.astype(jnp.float32), height, size, kernel)
     # The full precision of float32: accelerators would take bfloat16 or TF32 here, which is off by many
     # levels.
     einsum = functools.partial(jnp.einsum, precision="highest")
@@ -73,15 +113,19 @@ def resample(image: jax.Array, box: jax.Array, size: int, kernel: Kernel) -> jax
     return _to_levels(einsum("sh,htc->stc", rows_SxH, narrow)).astype(jnp.uint8)
 
 
-def _weights(start: jax.Array, extent: jax.Array, length: int, size: int, kernel: Kernel) -> jax.Array:
-    """How much each of `length` pixels adds to each of the `size` pixels of the result: [size, length]."""
-    step = extent.astype(jnp.float32) / size
-    reduction = jnp.maximum(step, 1)  # antialiasing: the kernel grows with the reduction
-    centers_Sx1 = (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * step
-    pixels_1xL = jnp.arange(length)[None, :] - start
-    weights_SxL = kernel((pixels_1xL.astype(jnp.float32) + 0.5 - centers_Sx1) / reduction)
-    weights_SxL = jnp.where((pixels_1xL >= 0) & (pixels_1xL < extent), weights_SxL, 0)
-    return weights_SxL / jnp.sum(weights_SxL, axis=1, keepdims=True)
+def _weights(start: Any, extent: Any, length: int, size: int, kernel: Kernel) -> Any:
+    """How much each of `length` pixels adds to each of the `size` pixels of the result: [size, length].
+
+    Of the box's start, an integer, and extent, a float, both NumPy's or both JAX's.
+    """
+    xp = extent.__array_namespace__()
+    step = extent / size
+    reduction = xp.maximum(step, xp.ones_like(step))  # antialiasing: the kernel grows with the reduction
+    centers_Sx1 = (xp.arange(size, dtype=extent.dtype)[:, None] + 0.5) * step
+    pixels_1xL = xp.arange(length)[None, :] - start
+    weights_SxL = kernel((pixels_1xL.astype(extent.dtype) + 0.5 - centers_Sx1) / reduction)
+    weights_SxL = xp.where((pixels_1xL >= 0) & (pixels_1xL < extent), weights_SxL, 0)
+    return weights_SxL / xp.sum(weights_SxL, axis=1, keepdims=True)
 
 
 def _to_levels(values: jax.Array) -> jax.Array:

@@ -95,8 +95,8 @@ def eval_transform(
     """The treatment of test images.
 
     Args:
-      config: the configuration's `augment` part. `eval_resize`: resize to this side length (bilinear) and cut
-        `image_size` out of the middle; 0: resize to `image_size`, or, where that is 0, leave the images as
+      config: the configuration's `augment` part. The shorter side is resized to `eval_resize` (bilinear), or,
+        where that is 0, to `image_size`, which is then cut out of the middle. With both 0 the images stay as
         they are.
       mean: per channel, in units of [0, 1].
       std: likewise.
@@ -106,10 +106,9 @@ def eval_transform(
     """
 
     def one(image: jax.Array) -> jax.Array:
-        size = config.image_size or image.shape[0]
-        if config.eval_resize:
-            image = resize(image, config.eval_resize)
-            return normalize(center_crop(image, size), mean, std)
-        return normalize(resize(image, size), mean, std)
+        if shorter := config.eval_resize or config.image_size:
+            height, width = (shorter * side // min(image.shape[:2]) for side in image.shape[:2])
+            image = center_crop(resize(image, (height, width)), config.image_size or image.shape[0])
+        return normalize(image, mean, std)
 
     return jax.vmap(one)
