@@ -85,12 +85,9 @@ def apply(
     argument = dict(zip(OPERATIONS, arguments, strict=True))
     first_blend, first_warp = len(TABLES), len(TABLES) + len(BLENDS)
 
-    # Indices may run out of range below: what comes of it is of another kind than the one that is taken.
-    tables = jnp.stack([function(levels, argument[name]) for name, function in TABLES.items()])
-    # As a product, which XLA keeps in memory: it would work a gathered table out anew for every pixel.
-    chosen = jax.nn.one_hot(op, len(TABLES))
-    table = jnp.tensordot(chosen, tables.astype(jnp.float32), 1).astype(jnp.int32)
-    looked_up = _look_up(table, levels)
+    # Indices may run out of range here: what comes of it is of another kind than the one that is taken.
+    tables = [function(levels, argument[name]) for name, function in TABLES.items()]
+    looked_up = _look_up(jnp.stack(tables)[op], levels)
 
     grey, smooth = (function(levels) for function in BLENDS.values())
     factors = jnp.stack([argument[name] for name in BLENDS])
@@ -116,7 +113,7 @@ def check_image(image: jax.Array, fill: int | Sequence[int] = 0) -> None:
 
 def _auto_contrast(levels: jax.Array, _: jax.Array) -> jax.Array:
     """Stretches each channel from its least and greatest level to 0 and 255."""
-    low, high = (extreme(levels, axis=(0, 1))[None, :] for extreme in (jnp.min, jnp.max))
+    low, high = _extremes(_histogram(levels))
     i = jnp.arange(256)[:, None]
     span = jnp.maximum(high - low, 1)
     table, remainder = jnp.divmod((i - low) * 255, span)
@@ -142,7 +139,7 @@ def _equalize(levels: jax.Array, _: jax.Array) -> jax.Array:
     """Makes the levels of each channel as evenly frequent as a table can."""
     counts_256xC = _histogram(levels)
     total = levels.shape[0] * levels.shape[1]
-    highest_1xC = jnp.max(levels, axis=(0, 1))[None, :]
+    _, highest_1xC = _extremes(counts_256xC)
     step_1xC = (total - jnp.take_along_axis(counts_256xC, highest_1xC, axis=0)) // 255
     below_256xC = jnp.cumsum(counts_256xC, axis=0) - counts_256xC
     table = (below_256xC + step_1xC // 2) // jnp.maximum(step_1xC, 1)
@@ -152,8 +149,14 @@ def _equalize(levels: jax.Array, _: jax.Array) -> jax.Array:
 def _histogram(levels: jax.Array) -> jax.Array:
     """How often each level occurs in each channel: int32 [256, C]."""
     channels = levels.shape[-1]
-    counts = jnp.zeros((256, channels), jnp.int32)
-    return counts.at[levels, jnp.arange(channels)[None, None]].add(1, mode="promise_in_bounds")
+    counts = jnp.zeros(256 * channels, jnp.int32).at[_flat(levels)].add(1, mode="promise_in_bounds")
+    return counts.reshape(256, channels)
+
+
+def _extremes(counts_256xC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest level in each channel: int32 [1, C]."""
+    occurs = counts_256xC > 0
+    return jnp.argmax(occurs, axis=0)[None], 255 - jnp.argmax(occurs[::-1], axis=0)[None]
 
 
 def _invert(levels: jax.Array, _: jax.Array) -> jax.Array:
@@ -191,7 +194,15 @@ def _point(levels: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax
 
 
 def _look_up(table: jax.Array, levels: jax.Array) -> jax.Array:
-    return table.at[levels, jnp.arange(levels.shape[-1])[None, None]].get(mode="promise_in_bounds")
+    # Written out before: XLA would work an entry out anew for every pixel that wants it.
+    table = jnp.zeros_like(table).at[jnp.arange(256)].set(table, mode="promise_in_bounds", unique_indices=True)
+    return table.reshape(-1).at[_flat(levels)].get(mode="promise_in_bounds")
+
+
+def _flat(levels: jax.Array) -> jax.Array:
+    """Where each value's entry is in a flat table: one number an index is what XLA is quick with."""
+    channels = levels.shape[-1]
+    return levels * channels + jnp.arange(channels)[None, None]
 
 
 # ---------------- Blends ----------------
