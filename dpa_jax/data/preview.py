@@ -1,0 +1,228 @@
+"""A look at the augmentation: a few training images under each operation alone and under the whole recipe.
+
+python -m dpa_jax.data.preview --config configs/NAME.py [--output preview.png] [--images 8] [--config.KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from dpa_jax.activations.checks import check_range
+from dpa_jax.data import augment, sources
+from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
+from dpa_jax.data.augment.policy import arguments_of
+from dpa_jax.data.pipeline import Batch, Sampler
+from dpa_jax.data.splits import AnySplit, Split
+from dpa_jax.training.command_line import make_parser
+from dpa_jax.training.config import validate
+
+Treatment = Callable[[jax.Array, Batch], jax.Array]
+
+CELL, GAP = 96, 4  # pixels
+DRAWS = 4  # of the whole recipe
+_OFF = {"crop": "none", "flip": 0.0, "rand_augment": "", "color_jitter": (0.0,) * 4, "erase": 0.0}
+_CROPS = {"resized": "random resized crop", "pad": "random crop"}
+# What timm gives another name where they grow with the magnitude.
+_INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
+
+
+def pick(split: AnySplit, count: int, size: int, seed: int) -> Batch:
+    """The first images of a training run.
+
+    Args:
+      split: the training images.
+      count: N.
+      size: the side length of what is cut out of the middle of images that are not in memory.
+      seed: the run's.
+
+    Returns:
+      N images.
+
+    Raises:
+      ValueError: there are fewer images, or not of 1 or 3 channels, or one is damaged.
+      OSError: an image cannot be read.
+    """
+    check_range("preview", "the number of images", count, low=1, high=len(split))
+    if split.channels not in (1, 3):
+        raise ValueError(f"preview: images of 1 or 3 channels can be shown, not of {split.channels}")
+    index, epoch = Sampler(len(split), count, seed).indices(0)
+    if isinstance(split, Split):
+        images = split.images[index]
+    else:
+        images = np.stack([_square(split.read(i), size) for i in index])
+    return Batch(*map(jnp.asarray, (images, split.labels[index], index, epoch)))
+
+
+def _square(image: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(ImageOps.fit(_pillow(image), (size, size)))[..., : image.shape[-1]]
+
+
+def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> dict[str, Treatment]:
+    """What a configuration does to training images, step by step and as a whole.
+
+    Args:
+      config: the configuration's `augment` part.
+      mean: per channel, in units of [0, 1].
+      std: likewise.
+
+    Returns:
+      {title: compiled (key, batch) -> uint8 [N, H, W, C]}: the originals; the operations of RandAugment at its
+      mean magnitude, every second image the other way; what else is configured, with certainty; draws of the
+      whole recipe; the evaluation transform.
+
+    Raises:
+      ValueError: as `augment.train_transform`.
+    """
+
+    def levels(values: jax.Array) -> jax.Array:
+        """Undoes the normalisation; noise may lie outside of the levels there are."""
+        scale, offset = (jnp.array(x, jnp.float32)[None, None, None] for x in (std, mean))
+        return jnp.clip(jnp.round(255 * (values * scale + offset)), 0, 255).astype(jnp.uint8)
+
+    def recipe(**changes: object) -> Treatment:
+        part = config.copy_and_resolve_references()
+        part.update(changes)
+        return augment.train_transform(part, mean, std)
+
+    def shown(treatment: Treatment) -> Treatment:
+        return jax.jit(lambda key, batch: levels(treatment(key, batch)))
+
+    def mixed(treatment: Treatment, **alphas: float) -> Treatment:
+        def mix(key: jax.Array, batch: Batch) -> jax.Array:
+            return augment.mix(key, treatment(key, batch), batch.labels, **alphas).images
+
+        return mix if any(alphas.values()) else treatment
+
+    def epoch(number: int, treatment: Treatment) -> Treatment:
+        return lambda key, batch: treatment(jax.random.fold_in(key, number), batch)
+
+    rows: dict[str, Treatment] = {"original": lambda _, batch: batch.images}
+    if config.rand_augment:
+        rows |= _operations(augment.parse_policy(config.rand_augment), mean)
+    if config.crop != "none":
+        rows[_CROPS[config.crop]] = shown(recipe(**_OFF | {"crop": config.crop}))
+    if config.flip:
+        rows["horizontal flip"] = shown(recipe(**_OFF | {"flip": 1.0}))
+    if any(config.color_jitter):
+        rows["colour jitter"] = shown(recipe(**_OFF | {"color_jitter": config.color_jitter}))
+    if config.erase:
+        rows["random erasing"] = shown(recipe(**_OFF | {"erase": 1.0}))
+    if config.mixup:
+        rows["mixup"] = shown(mixed(recipe(**_OFF), mixup=config.mixup))
+    if config.cutmix:
+        rows["CutMix"] = shown(mixed(recipe(**_OFF), cutmix=config.cutmix))
+    whole = shown(mixed(recipe(), mixup=config.mixup, cutmix=config.cutmix))
+    rows |= {f"whole recipe, draw {number}": epoch(number, whole) for number in range(1, DRAWS + 1)}
+    evaluation = augment.eval_transform(config, mean, std)
+    return rows | {"evaluation": shown(lambda _, batch: evaluation(batch.images))}
+
+
+def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Treatment]:
+    """Each operation of RandAugment, forwards for the images at even places and backwards for the others."""
+    fill = [min(255, round(255 * value)) for value in mean]
+    magnitude = jnp.float32(min(policy.magnitude, policy.max_magnitude))
+    arguments_2xO = np.stack([arguments_of(magnitude, jnp.float32(sign), policy.increasing) for sign in (1, -1)])
+
+    def treatment(name: str, pair: np.ndarray) -> Treatment:
+        if name in WITHOUT_ARGUMENT:
+            return jax.jit(lambda _, batch: jax.vmap(lambda image: augment.apply_op(name, image))(batch.images))
+
+        def apply(image: jax.Array, argument: jax.Array) -> jax.Array:
+            return augment.apply_op(name, image, argument, fill=fill)
+
+        return jax.jit(lambda _, batch: jax.vmap(apply)(batch.images, jnp.resize(pair, (len(batch.images),))))
+
+    rows = {}
+    for name, pair in zip(augment.OPERATIONS, arguments_2xO.T, strict=True):
+        values = [] if name in WITHOUT_ARGUMENT else [f"{value:.3g}" for value in dict.fromkeys(pair.tolist())]
+        title = f"{name}Increasing" if policy.increasing and name in _INCREASING else name
+        rows[f"{title} {' / '.join(values)}".strip()] = treatment(name, pair)
+    return rows
+
+
+def contact_sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> Image.Image:
+    """Draws rows of images with their titles at the left and a name above each column.
+
+    Args:
+      rows: {title: uint8 [N, H, W, C]} with C 1 or 3; sizes may differ from row to row.
+      names: N of them, cut off where they do not fit.
+
+    Returns:
+      An RGB image whose last cell ends `GAP` pixels from its edges; each is `CELL` pixels wide and high.
+    """
+    font = ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 12)
+    left, top, step = math.ceil(max(map(font.getlength, rows))) + 2 * GAP, 20, CELL + GAP
+    sheet = Image.new("RGB", (left + step * len(names), top + step * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, name in enumerate(names):
+        while font.getlength(name) > CELL:
+            name = name[:-1]
+        pen.text((left + step * column + CELL / 2, top / 2), name, "black", font, anchor="mm")
+    for row, (title, images) in enumerate(rows.items()):
+        y = top + step * row
+        pen.text((left - GAP, y + CELL / 2), title, "black", font, anchor="rm")
+        for column, image in enumerate(images):
+            # Enlarged it stays as sharp as it was, reduced it is averaged.
+            cell = _pillow(image).resize((CELL, CELL), Image.Resampling.BOX)
+            sheet.paste(cell, (left + step * column, y))
+    return sheet
+
+
+def _pillow(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3))))
+
+
+def preview(config: ConfigDict, count: int = 8) -> Image.Image:
+    """The contact sheet of a configuration; the same for the same seed.
+
+    Args:
+      config: a run's configuration.
+      count: how many of its training images are shown.
+
+    Raises:
+      ValueError: the configuration cannot run, or there are fewer images.
+      OSError: the data is not there, or cannot be read.
+    """
+    validate(config)
+    dataset = sources.load(config.data)
+    size = max(config.augment.image_size, config.augment.eval_resize)
+    batch = pick(dataset.train, count, size, config.seed)
+    rows = treatments(config.augment, dataset.mean, dataset.std)
+    key = jax.random.key(config.seed)
+    drawn = {title: np.asarray(treatment(key, batch)) for title, treatment in rows.items()}
+    return contact_sheet(drawn, [dataset.class_names[label] for label in batch.labels])
+
+
+_OUTPUT = flags.DEFINE_string("output", "preview.png", "The PNG file that is written.")
+_IMAGES = flags.DEFINE_integer("images", 8, "How many training images are shown.")
+
+
+def main(_: list[str]) -> None:
+    """Writes the sheet as the flags say; an error that a user can mend is one line."""
+    output = pathlib.Path(_OUTPUT.value)
+    if output.suffix != ".png":
+        sys.exit(f"error: --output must be a file that ends in .png; got {_OUTPUT.value!r}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"error: --output: the folder {output.parent} cannot be made: {error.strerror}")
+    try:
+        preview(flags.FLAGS.config, _IMAGES.value).save(output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{output}: {_IMAGES.value} training images")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=make_parser())
