@@ -218,7 +218,7 @@ def main(_: list[str]) -> None:
     except OSError as error:
         sys.exit(f"error: --output: the folder {output.parent} cannot be made: {error.strerror}")
     try:
-        preview(flags.FLAGS.config, _IMAGES.value).save(output)
+        preview(flags.FLAGS.config, _IMAGES.value).save(output, optimize=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{output}: {_IMAGES.value} training images")
