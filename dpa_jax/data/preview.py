@@ -50,7 +50,7 @@ def pick(split: AnySplit, count: int, size: int, seed: int) -> Batch:
       N images.
 
     Raises:
-      ValueError: there are fewer images, or not of 1 or 3 channels, or one is damaged.
+      ValueError: there are fewer images, or not of 1 or 3 channels, or no size to cut to, or one is damaged.
       OSError: an image cannot be read.
     """
     check_range("preview", "the number of images", count, low=1, high=len(split))
@@ -60,6 +60,7 @@ def pick(split: AnySplit, count: int, size: int, seed: int) -> Batch:
     if isinstance(split, Split):
         images = split.images[index]
     else:
+        check_range("config", "augment.image_size", size, low=1)
         images = np.stack([_square(split.read(i), size) for i in index])
     return Batch(*map(jnp.asarray, (images, split.labels[index], index, epoch)))
 

@@ -170,3 +170,5 @@ def test_images_of_a_folder_are_cut_square(tmp_path):
     assert batch.images.shape == (2, 16, 16, 3)
     assert (np.asarray(batch.images)[:, 2:-2, 2:-2] == (10, 200, 30)).all()  # the rim is blended with what lies outside
     assert np.array_equal(batch.labels, batch.index)
+    with pytest.raises(ValueError, match=r"augment\.image_size must be at least 1; got 0"):
+        preview.pick(split, 2, 0, seed=0)
