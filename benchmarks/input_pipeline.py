@@ -1,12 +1,13 @@
 """What the augmentation costs: each operation alone, the whole recipe, and a training step with it and without.
 
-    python benchmarks/input_pipeline.py [--sizes 32,224] [--model NAME] [--rounds 5] [--json PATH]
+    python benchmarks/input_pipeline.py [--sizes 32,224] [--workers 0,2] [--model NAME] [--rounds 5] [--json PATH]
 
 The recipe is the papers': random resized crop, flip, RandAugment rand-m9-mstd0.5-inc1, normalisation, erasing with
 probability 0.25. The first table is of programs under jit and vmap on the default device, from uint8 images that are
 there already; where timm can be imported, its recipe for the same images stands beside them: PIL images to
-normalised tensors, on the CPU, in this one process. The second is of a model's training step; without the recipe
-the images are normalised and no more.
+normalised tensors, on the CPU, in this one process. The second is of the host's part for images that are read at
+every step: JPEGs of 500 x 400 on disk are decoded, cut to 224 and put on the device. The third is of a model's
+training step; without the recipe the images are normalised and no more.
 
 Every round runs each program once, a training step `INTERVAL` times, in an order that turns. Figures are medians over
 the rounds, ratios those to the neighbour in the same round: machines drift, and neighbours in time drift together.
@@ -17,18 +18,24 @@ import functools
 import importlib
 import json
 import os
+import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
 
 import dpa_jax
 from dpa_jax.data import augment
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
 from dpa_jax.data.augment.policy import arguments_of
+from dpa_jax.data.folder import FolderSplit
+from dpa_jax.data.loader import make_feed
 from dpa_jax.data.pipeline import Batch
 from dpa_jax.training.config import default_config
 from dpa_jax.training.optimizer import make_optimizer
@@ -102,7 +109,6 @@ def augmentations(batch: Batch) -> dict[str, Callable[[], jax.Array]]:
 
 def timms_recipe(batch: Batch) -> Callable[[], object]:
     """timm's transform of the same images."""
-    from PIL import Image
     from timm.data import create_transform
 
     images = [Image.fromarray(image) for image in np.asarray(batch.images)]
@@ -130,7 +136,7 @@ def without_timm() -> str:
 
 def measure_augmentation(args: argparse.Namespace, with_timm: bool) -> dict[str, dict[str, dict[str, float]]]:
     tables = {}
-    for size in map(int, args.sizes.split(",")):
+    for size in map(int, filter(None, args.sizes.split(","))):
         batch = made_batch(args.images, size, args.num_classes)
         programs = augmentations(batch)
         if with_timm:
@@ -144,6 +150,36 @@ def measure_augmentation(args: argparse.Namespace, with_timm: bool) -> dict[str,
             table[TIMM]["ratio_to_whole"] = ratios(seconds[TIMM], seconds[WHOLE])
         tables[str(size)] = table
     return tables
+
+
+# ---------------- The host's part ----------------
+
+
+def measure_host(args: argparse.Namespace) -> dict[str, float]:
+    """Images a second, by where they are decoded, over batches that come one after the other."""
+    random, names = np.random.default_rng(0), [f"{i}.jpg" for i in range(64)]
+    config = default_config()
+    config.augment.update(crop="resized", image_size=224)
+    config.data.resident = "host"
+    mesh, figures = Mesh(np.array(jax.devices()[:1]), ("data",)), {}
+    with tempfile.TemporaryDirectory() as folder:
+        (pathlib.Path(folder) / "class").mkdir()
+        for name in names:
+            # Coarse noise, enlarged: about as many bytes as a photograph has.
+            image = Image.fromarray(random.integers(0, 256, (100, 125, 3), np.uint8)).resize((500, 400))
+            image.save(pathlib.Path(folder) / "class" / name, quality=90)
+        for workers in map(int, args.workers.split(",")):
+            config.data.workers = workers
+            feed = make_feed(FolderSplit(pathlib.Path(folder), {"class": names}), mesh, len(names), config, True)
+            seconds = []
+            for step in range(2 + 4 * args.rounds):
+                begin = time.perf_counter()
+                jax.block_until_ready(feed.train(step))
+                seconds.append(time.perf_counter() - begin)
+            feed.close()
+            where = f"{workers} processes" if workers else f"threads of {os.cpu_count()} cores"
+            figures[where] = len(names) * len(seconds[2:]) / sum(seconds[2:])
+    return figures
 
 
 # ---------------- A training step ----------------
@@ -197,8 +233,11 @@ def shown(quartiles: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="32,224", help="of the images that are augmented, between commas")
+    parser.add_argument(
+        "--sizes", default="32,224", help="of the images that are augmented, between commas; empty: none"
+    )
     parser.add_argument("--images", type=int, default=64, help="augmented at a time")
+    parser.add_argument("--workers", default="0,2", help="that decode on the host, between commas; empty: none")
     parser.add_argument("--model", default="vit_tiny_patch4_32", help="empty: no training steps")
     parser.add_argument("--mechanisms", default="relu,dpa")
     parser.add_argument("--batch_size", type=int, default=32, help="of the training step")
@@ -220,15 +259,20 @@ def main() -> None:
         print(f"timm's recipe is left out ({missing})")
 
     tables = measure_augmentation(args, with_timm=not missing)
-    print(f"\naugmentation, {args.images} images at a time")
-    print(f"{'':20}" + "".join(f"{f'{size}: images/s':>16}{'us/image':>12}" for size in tables))
-    for name in next(iter(tables.values())):
+    if tables:
+        print(f"\naugmentation, {args.images} images at a time")
+        print(f"{'':20}" + "".join(f"{f'{size}: images/s':>16}{'us/image':>12}" for size in tables))
+    for name in next(iter(tables.values()), {}):
         rows = [table[name] for table in tables.values()]
         cells = (f"{row['images_per_second']:16,.0f}{row['microseconds']:12,.1f}" for row in rows)
         print(f"{name:20}" + "".join(cells))
     if not missing:
         for size, table in tables.items():
             print(f"time of timm's recipe / ours at {size} pixels: {shown(table[TIMM]['ratio_to_whole'])}")
+
+    host = measure_host(args) if args.workers else {}
+    for where, rate in host.items():
+        print(f"decoded and cut to 224 by {where}: {rate:,.0f} images/s")
 
     steps = measure_steps(args) if args.model else {}
     if steps:
@@ -239,7 +283,7 @@ def main() -> None:
     if args.json:
         setting = {"device": device, "cores": os.cpu_count(), "versions": versions, **vars(args)}
         with open(args.json, "w") as file:
-            json.dump({**setting, "augmentation": tables, "steps": steps}, file, indent=1)
+            json.dump({**setting, "augmentation": tables, "host": host, "steps": steps}, file, indent=1)
 
 
 if __name__ == "__main__":
