@@ -1,5 +1,6 @@
 """A whole run on images that are read from a folder at every step."""
 
+import importlib
 import shutil
 
 import jax
@@ -14,8 +15,8 @@ from dpa_jax.training.loop import build, train_and_evaluate
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    """3 steps an epoch: 24 images to train on and 10 to evaluate, of two classes that are easily told apart."""
+def folder(tmp_path, monkeypatch):
+    """24 images to train on and 10 to evaluate, of two classes that are easily told apart."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     random = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)):
@@ -25,11 +26,17 @@ def config(tmp_path, monkeypatch):
                 height, width = random.integers(12, 30, 2)
                 image = random.integers(0, 120, (height, width, 3), np.uint8) + np.uint8(120 * label)
                 Image.fromarray(image).save(tmp_path / "set" / split / name / f"{i}.jpg")
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def config(folder):
+    """3 steps an epoch."""
     config = default_config()
     config.update(mechanism="relu", batch_size=8, eval_batch_size=8, epochs=2)
     config.schedule.name = "constant"
     config.model_options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
-    config.data.update(name="imagenet", dir=str(tmp_path / "set"))
+    config.data.update(name="imagenet", dir=str(folder))
     config.augment.update(image_size=8, crop="resized", scale=(0.5, 1.0), flip=0.5, eval_resize=10)
     config.optimizer.learning_rate = 0.02
     return config
@@ -62,3 +69,18 @@ def test_a_model_of_another_size_is_refused(config):
     config.augment.update(image_size=12, eval_resize=0)
     with pytest.raises(ValueError, match=r"takes images of shape \(8, 8, 3\); .* come as \(12, 12, 3\)"):
         build(config)
+
+
+@pytest.mark.parametrize("name", ["imagenet_vit", "imagenet100_vit"])
+def test_a_dry_run_of_the_imagenet_configurations(name, folder, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.update(batch_size=8, eval_batch_size=8, epochs=1)
+    config.data.update(dir=str(folder), workers=0)
+    config.schedule.update(warmup_epochs=0, min_learning_rate=0.0)
+    config.model_options.depth = 2
+    last = train_and_evaluate(config, tmp_path / "run")
+    assert last["step"] == 3 and last["eval_top1"] * 10 % 1 == 0
+    assert {"loss_channel", "masked_fraction"} <= last.keys()
+    program = build(config)
+    assert program.train_feed.train(0).images.shape == (8, 224, 224, 3)
+    assert isinstance(program.train_feed, StreamFeed)
