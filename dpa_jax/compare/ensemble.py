@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.data.pipeline import Batch
+from dpa_jax.data.pipeline import BaseFeed, Batch
 from dpa_jax.training.loop import Program
 from dpa_jax.training.state import TrainState
 
@@ -24,14 +24,14 @@ class Ensemble:
     Attributes:
         init: () -> the states.
         abstract_states: shapes, dtypes and shardings of the states.
-        batches: 0-based step -> the batch of every seed, each in its own order.
+        feeds: the training images of every seed, each in its own order.
         train_step: compiled (states, batches) -> (states, {metric: [S]}); donates the states.
         members: states -> [state of each seed].
     """
 
     init: Callable[[], TrainState]
     abstract_states: TrainState
-    batches: Callable[[int], list[Batch]]
+    feeds: list[BaseFeed]
     train_step: Callable[[TrainState, list[Batch]], tuple[TrainState, dict[str, jax.Array]]]
     members: Callable[[TrainState], list[TrainState]]
 
@@ -50,9 +50,6 @@ def make_ensemble(program: Program, seeds: Sequence[int]) -> Ensemble:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
         return jax.vmap(program.train_step)(states, stacked)
 
-    def batches(step: int) -> list[Batch]:
-        return [feed.train(step) for feed in feeds]
-
     def members(states: TrainState) -> list[TrainState]:
         return [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(len(seeds))]
 
@@ -64,8 +61,8 @@ def make_ensemble(program: Program, seeds: Sequence[int]) -> Ensemble:
     return Ensemble(
         init=lambda: jax.jit(jax.vmap(program.init), out_shardings=replicated)(jnp.asarray(seeds, jnp.int32)),
         abstract_states=abstract_states,
-        batches=batches,
-        train_step=compiled.lower(abstract_states, batches(0)).compile(),
+        feeds=feeds,
+        train_step=compiled.lower(abstract_states, [feed.abstract_batch for feed in feeds]).compile(),
         members=jax.jit(members, out_shardings=replicated),
     )
 
@@ -76,7 +73,7 @@ def largest_ensemble(program: Program, wanted: int) -> int:
     limits = device.memory_stats() if device.platform != "cpu" else None
     if not limits or "bytes_limit" not in limits:
         return wanted
-    step = program.train_step.lower(program.abstract_state, program.train_feed.train(0)).compile()
+    step = program.train_step.lower(program.abstract_state, program.train_feed.abstract_batch).compile()
     memory = step.memory_analysis()
     if memory is None:  # a backend that does not tell
         return wanted

@@ -143,6 +143,8 @@ def _train_group(program: Program, entry: Entry, config: ConfigDict, seeds: rang
 
         # ---------------- Start or continue ----------------
         ensemble = make_ensemble(program, seeds)
+        for feed in ensemble.feeds:
+            stack.enter_context(contextlib.closing(feed))
         start, states = checkpoints.restore(ensemble.abstract_states) or (0, ensemble.init())
         recorders = [
             stack.enter_context(contextlib.closing(Recorder(folder / f"seed-{seed}", of_seed, start)))
@@ -155,7 +157,8 @@ def _train_group(program: Program, entry: Entry, config: ConfigDict, seeds: rang
 
         for step in range(start + 1, total_steps + 1):
             # ---------------- One step of every seed ----------------
-            states, metrics = ensemble.train_step(states, ensemble.batches(step - 1))
+            batches = [feed.train(step - 1) for feed in ensemble.feeds]
+            states, metrics = ensemble.train_step(states, batches)
             stop = preemption.requested(step)
             epoch_ends = step == steps_at(epoch)
             every = config.checkpoint.every_steps

@@ -95,8 +95,8 @@ def default_config() -> ConfigDict:
                 "gamma": 0.1,
             },
             "data": {
-                # Where images come from: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet, synthetic, or
-                # tfds:NAME for a set that TFDS has prepared.
+                # Where images come from: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet,
+                # synthetic, or tfds:NAME for a set that TFDS has prepared.
                 "name": "digits",
                 # The folder to look in; empty: the usual places.
                 "dir": "",
