@@ -143,7 +143,7 @@ def test_a_member_is_the_single_run_with_its_seed(quick_to_compile):
     for mine, wanted in zip(*(jax.tree.leaves(s) for s in (ensemble.members(states)[1], state)), strict=True):
         np.testing.assert_array_equal(mine, wanted)
     for step in range(6):  # the memories are updated in the fifth, in the middle of the second epoch
-        batches, batch = ensemble.batches(step), single.train_feed.train(step)
+        batches, batch = [feed.train(step) for feed in ensemble.feeds], single.train_feed.train(step)
         for mine, wanted in zip(*(jax.tree.leaves(b) for b in (batches[1], batch)), strict=True):
             np.testing.assert_array_equal(mine, wanted)
         assert not np.array_equal(batches[0].index, batch.index)
@@ -245,7 +245,7 @@ def test_as_many_seeds_at_a_time_as_the_device_has_memory_for(monkeypatch, free,
     compiled = types.SimpleNamespace(compile=lambda: types.SimpleNamespace(memory_analysis=lambda: memory))
     program = types.SimpleNamespace(
         train_step=types.SimpleNamespace(lower=lambda state, batch: compiled),
-        train_feed=types.SimpleNamespace(train=lambda step: None),
+        train_feed=types.SimpleNamespace(abstract_batch=None),
         abstract_state=None,
     )
     stats = {"bytes_limit": 7 * size + free * 3 * size, "bytes_in_use": 7 * size}
