@@ -194,9 +194,19 @@ def _point(levels: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax
 
 
 def _look_up(table: jax.Array, levels: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(table, levels, tpu=_look_up_by_product, default=_look_up_by_index)
+
+
+def _look_up_by_index(table: jax.Array, levels: jax.Array) -> jax.Array:
     # Written out before: XLA would work an entry out anew for every pixel that wants it.
     table = jnp.zeros_like(table).at[jnp.arange(256)].set(table, mode="promise_in_bounds", unique_indices=True)
     return table.reshape(-1).at[_flat(levels)].get(mode="promise_in_bounds")
+
+
+def _look_up_by_product(table: jax.Array, levels: jax.Array) -> jax.Array:
+    # TPUs gather single numbers slowly and multiply fast; bfloat16 holds every level.
+    one_hot = jax.nn.one_hot(levels, 256, dtype=jnp.bfloat16)
+    return jnp.einsum("hwcl,lc->hwc", one_hot, table.astype(jnp.bfloat16)).astype(jnp.int32)
 
 
 def _flat(levels: jax.Array) -> jax.Array:

@@ -159,3 +159,11 @@ def test_what_is_not_allowed_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             augment.apply_op(*arguments)
+
+
+def test_both_ways_to_look_up_are_the_same():
+    table = np.random.default_rng(0).permuted(np.tile(np.arange(256), (3, 1)), axis=1).T
+    levels = images(9, 30, 3).astype(np.int32)
+    expected = np.stack([table[levels[..., c], c] for c in range(3)], -1)
+    for look_up in (operations._look_up_by_index, operations._look_up_by_product):
+        np.testing.assert_array_equal(jax.jit(look_up)(table, levels), expected)
