@@ -21,6 +21,7 @@ def images(*shape, seed=0) -> np.ndarray:
     return np.clip(waves, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_operations_equal_the_recorded_ones(golden, name):
     recorded = golden("augment")

@@ -80,6 +80,7 @@ def test_resized_crops_equal_the_recorded_ones(golden, method):
     assert off.max() <= 1 and (off > 0).mean() < 1e-4
 
 
+@pytest.mark.core
 def test_the_evaluation_transform_equals_the_recorded_one(golden):
     recorded = golden("augment")
     transform = augment.eval_transform(config(image_size=32, eval_resize=36), MEAN, STD)
