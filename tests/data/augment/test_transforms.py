@@ -2,7 +2,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -11,26 +10,16 @@ from PIL import Image
 from dpa_jax.data import augment
 from dpa_jax.data.pipeline import Batch, Feed
 from dpa_jax.data.sources import Split
+from dpa_jax.training.config import default_config
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def config(**changes):
-    values = {
-        "image_size": 0,
-        "crop": "none",
-        "padding": 4,
-        "scale": (0.08, 1.0),
-        "ratio": (3 / 4, 4 / 3),
-        "interpolation": "random",
-        "flip": 0.0,
-        "rand_augment": "",
-        "color_jitter": (0.0, 0.0, 0.0, 0.0),
-        "erase": 0.0,
-        "eval_resize": 0,
-    }
-    return ml_collections.ConfigDict({**values, **changes})
+    part = default_config().augment
+    part.update(changes)
+    return part
 
 
 RECIPES = {
