@@ -144,7 +144,9 @@ def load(name: str, directory: str, download: bool) -> tuple[AnySplit, AnySplit,
         raise FileNotFoundError(
             f"{name} was not found, prepared as {_FORMAT}, in {root.absolute()}. {' '.join(others)}\nTo prepare it in "
             "a folder DIR (for which alone TensorFlow is needed) and go on:\n  pip install '.[tfds]'\n"
-            f"  tfds build {name} --file_format={_FORMAT} --data_dir DIR\nand pass --config.data.dir=DIR."
+            # Not `tfds build`, which wants Apache Beam as well.
+            f"  python -c \"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir='DIR', "
+            f"file_format='{_FORMAT}').download_and_prepare()\"\nand pass --config.data.dir=DIR."
         )
     return read(folder)
 

@@ -137,7 +137,8 @@ def test_a_set_that_is_not_there_says_how_to_prepare_it(tmp_path):
         load("tfds:flowers", tmp_path, download=True)  # without TensorFlow nothing is prepared
     message = str(error.value)
     assert str(tmp_path) in message and "pip install '.[tfds]'" in message
-    assert "tfds build flowers --file_format=array_record --data_dir DIR\nand pass --config.data.dir=DIR" in message
+    command = "tfds.builder('flowers', data_dir='DIR', file_format='array_record').download_and_prepare()"
+    assert f'python -c "import tensorflow_datasets as tfds; {command}"\nand pass --config.data.dir=DIR' in message
 
 
 def test_a_set_in_another_format_is_named(tmp_path):

@@ -33,8 +33,8 @@ def apply_op(
       name: a key of `OPERATIONS`; the ending "Increasing", which tells how an argument follows from a
         magnitude, may be there and changes nothing here.
       image: uint8 [H, W, C] with C 1 or 3.
-      argument: a scalar, may be traced. AutoContrast, Equalize, Invert: none. Posterize: bits to keep, 0
-        leaves black. Solarize: the level from which on values are inverted. SolarizeAdd: what is added to
+      argument: a scalar, may be traced. AutoContrast, Equalize, Invert: not looked at. Posterize: bits to
+        keep, 0 leaves black. Solarize: the level from which on values are inverted. SolarizeAdd: what is added to
         levels under 128. Color, Contrast, Brightness, Sharpness: 1 changes nothing, 0 leaves none of it. Rotate:
         degrees, anticlockwise. ShearX, ShearY: pixels a pixel. TranslateXRel, TranslateYRel: the share of the
         width or height.
@@ -45,15 +45,15 @@ def apply_op(
       uint8 [H, W, C].
 
     Raises:
-      ValueError: an unknown name or `resample`, a missing or superfluous argument, an image or a fill of
-        another shape or dtype.
+      ValueError: an unknown name or `resample`, a missing argument, an image or a fill of another shape or
+        dtype.
     """
     name = name.removesuffix("Increasing")
     check_choice("apply_op", "name", name, OPERATIONS)
     check_choice("apply_op", "resample", resample, RESAMPLE)
     check_image(image, fill)
-    if (argument is None) != (name in WITHOUT_ARGUMENT):
-        raise ValueError(f"apply_op: {name} takes {'no' if name in WITHOUT_ARGUMENT else 'an'} argument")
+    if argument is None and name not in WITHOUT_ARGUMENT:
+        raise ValueError(f"apply_op: {name} takes an argument")
     argument = jnp.asarray(0.0 if argument is None else argument, jnp.float32)
     levels = jnp.asarray(image, jnp.int32)
     if name in TABLES:

@@ -264,7 +264,7 @@ def test_draws_follow_from_key_epoch_and_index_alone(name):
 
 
 @pytest.mark.parametrize("name", ["pad", "resized", "whole"])
-def test_eight_devices_give_what_one_gives(name):
+def test_two_and_eight_devices_give_what_one_gives(name):
     split = Split(images(30, 16, 16, 3), np.zeros(30, np.int32))
     transform = jax.jit(augment.train_transform(RECIPES[name], MEAN, STD))
 
@@ -273,7 +273,8 @@ def test_eight_devices_give_what_one_gives(name):
         feed = Feed(split, mesh, batch_size=16, seed=0)
         return [np.asarray(transform(jax.random.key(0), feed.train(step))) for step in range(3)]
 
-    for one, eight in zip(values(1), values(8), strict=True):
+    for one, two, eight in zip(values(1), values(2), values(8), strict=True):
+        np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one, eight)
 
 
