@@ -1,8 +1,7 @@
 """What happens to images on their way into a model: on the device, inside jit, under vmap.
 
-Every random operation is a pure function of a typed key and one uint8 image [H, W, C]. A train transform is a
-list of `(key, image) -> image` functions followed by a normalisation; an operation is added by putting it
-into the list.
+Every random operation is a pure function of a typed key and one image [H, W, C], uint8 until it is normalised.
+A train transform is a list of `(key, image) -> image` functions; an operation is added by putting it into the list.
 """
 
 from dpa_jax.data.augment.color import adjust_hue as adjust_hue

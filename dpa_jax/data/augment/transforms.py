@@ -47,7 +47,9 @@ def train_transform(
     Raises:
       ValueError: `crop` is something else, or an operation refuses its part of the configuration.
     """
-    operations: list[Operation] = [_crop(config), lambda _, image: resize(image, config.image_size or image.shape[0])]
+    operations = [_crop(config)]
+    if config.image_size:
+        operations.append(lambda _, image: resize(image, config.image_size))
     if config.flip:
         operations.append(lambda key, image: random_flip(key, image, config.flip))
     if config.rand_augment:

@@ -206,8 +206,9 @@ def test_normalize():
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-def test_transforms_without_operations_only_normalize():
-    data = batch()
+@pytest.mark.parametrize("shape", [(16, 16), (9, 14)], ids=str)
+def test_transforms_without_operations_only_normalize(shape):
+    data = batch().replace(images=jnp.asarray(images(6, *shape, 3)))
     for values in (
         augment.train_transform(config(), MEAN, STD)(jax.random.key(0), data),
         augment.eval_transform(config(), MEAN, STD)(data.images),
