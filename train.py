@@ -7,8 +7,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dpa_jax.command_line import make_parser
 from dpa_jax.training.checkpoint import DamagedCheckpointError
-from dpa_jax.training.command_line import make_parser
 from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME of the configuration where not given.")

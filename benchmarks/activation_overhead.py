@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import dpa_jax
-from dpa_jax.data.pipeline import Batch
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
+from dpa_jax.data.batch import Batch
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_train_step
@@ -36,7 +36,7 @@ def prepare(mechanism: str, args: argparse.Namespace, batch: Batch):
     model = create_model(config, args.num_classes, in_channels=3)
     optimizer = make_optimizer(config, lambda step: 1e-4)
     train_step = make_train_step(
-        model, optimizer, lambda key, batch: batch.images.astype(np.float32) / 255, config.coefficients
+        model, optimizer, lambda key, batch: batch.inputs.astype(np.float32) / 255, config.coefficients
     )
     metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create_state(model, optimizer, (), 0)), batch)[1]
     state = jax.jit(lambda: create_state(model, optimizer, tuple(metrics), 0))()

@@ -31,13 +31,13 @@ from jax.sharding import Mesh
 from PIL import Image
 
 import dpa_jax
+from dpa_jax.config import default_config
 from dpa_jax.data import augment
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
 from dpa_jax.data.augment.policy import arguments_of
-from dpa_jax.data.folder import FolderSplit
-from dpa_jax.data.loader import make_feed
-from dpa_jax.data.pipeline import Batch
-from dpa_jax.training.config import default_config
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.data.sources.folder import FolderSplit
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_train_step
@@ -86,7 +86,7 @@ def ratios(seconds: list[float], baseline: list[float]) -> list[float]:
 
 def augmentations(batch: Batch) -> dict[str, Callable[[], jax.Array]]:
     """What is measured of `dpa_jax.data.augment`, each ready to run on the batch."""
-    images, key = batch.images, jax.random.key(0)
+    images, key = batch.inputs, jax.random.key(0)
     keys, size = jax.random.split(key, len(images)), images.shape[1]
     normalized = jax.jit(jax.vmap(lambda image: augment.normalize(image, MEAN, STD)))
 
@@ -111,7 +111,7 @@ def timms_recipe(batch: Batch) -> Callable[[], object]:
     """timm's transform of the same images."""
     from timm.data import create_transform
 
-    images = [Image.fromarray(image) for image in np.asarray(batch.images)]
+    images = [Image.fromarray(image) for image in np.asarray(batch.inputs)]
     transform = create_transform(
         images[0].width,
         is_training=True,

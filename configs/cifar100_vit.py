@@ -9,7 +9,7 @@ Expected: the papers' top-1 is 70.5% for DPA, 71.4% for DNRT, 65.7% for ReLU and
 
 from ml_collections import ConfigDict
 
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

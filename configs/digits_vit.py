@@ -8,7 +8,7 @@ Cost: about two minutes on two CPU cores. Expected: at least 97% top-1 on the 36
 
 from ml_collections import ConfigDict
 
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 
 
 def get_config() -> ConfigDict:

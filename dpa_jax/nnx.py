@@ -45,10 +45,10 @@ from flax import nnx
 from dpa_jax.activations import aiec, arr, dpa, raa
 from dpa_jax.activations import reset_counters as reset_linen_counters
 from dpa_jax.activations.aiec import strict_threshold
-from dpa_jax.activations.checks import check_range
 from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.activations.supervision import supervised
 from dpa_jax.activations.threshold import threshold
+from dpa_jax.checks import check_range
 
 __all__ = [
     "AIEC",

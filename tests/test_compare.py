@@ -19,14 +19,14 @@ from PIL import Image
 from dpa_jax.compare import compare, parse_entries, run, write_report
 from dpa_jax.compare.ensemble import largest_ensemble, make_ensemble
 from dpa_jax.compare.report import summarize_runs
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 from dpa_jax.training.loop import build, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 # 60 images in batches of 16: epochs end after steps 4, 8 and 11, two of them in the middle of a batch.
 CONFIG = """
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 
 def get_config():
     config = default_config()
@@ -45,7 +45,7 @@ TIMES = ("images_per_second", "seconds")
 # Ends the process, or tells it to end, at a moment of the comparison: in a step, or after so many records.
 DRIVER = """
 import itertools, os, runpy, signal, sys
-from dpa_jax.data.pipeline import Feed
+from dpa_jax.data.feeds.memory import Feed
 from dpa_jax.training.record import Recorder
 
 moment, at = sys.argv[1], int(sys.argv[2])

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 SMALL = """
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 
 def get_config():
     config = default_config()

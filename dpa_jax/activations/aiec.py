@@ -12,15 +12,15 @@ import optax
 from flax import struct
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.checks import (
+from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
+from dpa_jax.activations.supervision import supervised
+from dpa_jax.checks import (
     check_choice,
     check_labels,
     check_memory,
     check_range,
     stored_variable,
 )
-from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
-from dpa_jax.activations.supervision import supervised
 
 
 @struct.dataclass

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.activations.checks import check_floating, check_range
+from dpa_jax.checks import check_floating, check_range
 
 
 class Elementwise(nn.Module):

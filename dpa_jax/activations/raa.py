@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.activations.checks import check_choice, check_floating
+from dpa_jax.checks import check_choice, check_floating
 
 BASES = {
     # erfc keeps its digits in the tail, where 1 + erf loses them.

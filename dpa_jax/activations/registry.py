@@ -11,9 +11,9 @@ import jax
 
 from dpa_jax.activations.aiec import AIEC
 from dpa_jax.activations.baselines import ELU, GDN, Elementwise, LeakyReLU, LearnableSwish, PReLU
-from dpa_jax.activations.checks import check_choice
 from dpa_jax.activations.dpa import DPA
 from dpa_jax.activations.raa import RAA
+from dpa_jax.checks import check_choice
 
 # Those that are a function and nothing else. The papers' GELU is the exact one, by erf.
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -13,9 +13,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dpa_jax.command_line import make_parser
 from dpa_jax.compare import compare, parse_entries
 from dpa_jax.training.checkpoint import DamagedCheckpointError
-from dpa_jax.training.command_line import make_parser
 from dpa_jax.training.loop import NonFiniteError
 
 _MECHANISMS = flags.DEFINE_string(

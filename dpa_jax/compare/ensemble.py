@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.data.pipeline import BaseFeed, Batch
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.base import BaseFeed
 from dpa_jax.training.loop import Program
 from dpa_jax.training.state import TrainState
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpa_jax.training.config import validate
+from dpa_jax.config import validate
 from dpa_jax.training.state import create_model
 
 _FORM = "NAME[+arr][:OPTION=VALUE]..., as in dpa, relu+arr or dpa:criterion=union:tau=0.1"

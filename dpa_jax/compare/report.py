@@ -15,7 +15,7 @@ from typing import Any
 import flax
 import jax
 
-from dpa_jax.training.record import History, run_colours, style_panel
+from dpa_jax.plots import History, run_colours, style_panel
 
 Histories = dict[str, dict[int, History]]
 """{entry's name: {seed: the records of its run}}."""

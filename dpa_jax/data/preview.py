@@ -18,14 +18,15 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from dpa_jax.activations.checks import check_range
+from dpa_jax.checks import check_range
+from dpa_jax.command_line import make_parser
+from dpa_jax.config import validate
 from dpa_jax.data import augment, sources
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
 from dpa_jax.data.augment.policy import arguments_of
-from dpa_jax.data.pipeline import Batch, Sampler
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.sampler import Sampler
 from dpa_jax.data.splits import AnySplit, Split
-from dpa_jax.training.command_line import make_parser
-from dpa_jax.training.config import validate
 
 Treatment = Callable[[jax.Array, Batch], jax.Array]
 
@@ -108,7 +109,7 @@ def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) 
     def epoch(number: int, treatment: Treatment) -> Treatment:
         return lambda key, batch: treatment(jax.random.fold_in(key, number), batch)
 
-    rows: dict[str, Treatment] = {"original": lambda _, batch: batch.images}
+    rows: dict[str, Treatment] = {"original": lambda _, batch: batch.inputs}
     if config.rand_augment:
         rows |= _operations(augment.parse_policy(config.rand_augment), mean)
     if config.crop != "none":
@@ -126,7 +127,7 @@ def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) 
     whole = shown(mixed(recipe(), mixup=config.mixup, cutmix=config.cutmix))
     rows |= {f"whole recipe, draw {number}": epoch(number, whole) for number in range(1, DRAWS + 1)}
     evaluation = augment.eval_transform(config, mean, std)
-    return rows | {"evaluation": shown(lambda _, batch: evaluation(batch.images))}
+    return rows | {"evaluation": shown(lambda _, batch: evaluation(batch.inputs))}
 
 
 def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Treatment]:
@@ -137,12 +138,12 @@ def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Trea
 
     def treatment(name: str, pair: np.ndarray) -> Treatment:
         if name in WITHOUT_ARGUMENT:
-            return jax.jit(lambda _, batch: jax.vmap(lambda image: augment.apply_op(name, image))(batch.images))
+            return jax.jit(lambda _, batch: jax.vmap(lambda image: augment.apply_op(name, image))(batch.inputs))
 
         def apply(image: jax.Array, argument: jax.Array) -> jax.Array:
             return augment.apply_op(name, image, argument, fill=fill)
 
-        return jax.jit(lambda _, batch: jax.vmap(apply)(batch.images, jnp.resize(pair, (len(batch.images),))))
+        return jax.jit(lambda _, batch: jax.vmap(apply)(batch.inputs, jnp.resize(pair, (len(batch.inputs),))))
 
     rows = {}
     for name, pair in zip(augment.OPERATIONS, arguments_2xO.T, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from dpa_jax.activations.checks import check_choice
+from dpa_jax.checks import check_choice
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT

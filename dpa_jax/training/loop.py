@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
+from dpa_jax.config import validate
 from dpa_jax.data import augment, sources
-from dpa_jax.data.loader import make_feed
-from dpa_jax.data.pipeline import BaseFeed
+from dpa_jax.data.feeds.base import BaseFeed
+from dpa_jax.data.feeds.stream import make_feed
 from dpa_jax.training.checkpoint import Checkpoints
-from dpa_jax.training.config import validate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
@@ -154,7 +154,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
     """Trains, evaluates every epoch, and keeps checkpoints and a record; continues what ``workdir`` has.
 
     Args:
-        config: as `dpa_jax.training.config.default_config` makes it, with the changes of a file in ``configs/``.
+        config: as `dpa_jax.config.default_config` makes it, with the changes of a file in ``configs/``.
         workdir: the run's folder: ``checkpoints/``, ``metrics.jsonl``, ``config.json``, ``tensorboard/``,
             ``curves.png``.
 

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpa_jax.activations.checks import check_choice
-from dpa_jax.training.config import SCHEDULES
+from dpa_jax.checks import check_choice
+from dpa_jax.config import SCHEDULES
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from dpa_jax import models
 from dpa_jax.activations import activation
-from dpa_jax.activations.checks import check_choice
 from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
-from dpa_jax.training.config import check_type
+from dpa_jax.checks import check_choice
+from dpa_jax.config import check_type
 
 
 class TrainState(struct.PyTreeNode):

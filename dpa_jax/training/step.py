@@ -14,7 +14,7 @@ from flax import struct
 from dpa_jax.activations import MUTABLE, Summary, summarize
 from dpa_jax.activations.penalties import RECORDS, Ratio
 from dpa_jax.data.augment import Mixed
-from dpa_jax.data.pipeline import Batch
+from dpa_jax.data.batch import Batch
 from dpa_jax.training.metrics import Classification, cross_entropy
 from dpa_jax.training.state import TrainState
 
@@ -127,7 +127,7 @@ def make_eval_step(
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Evaluation:
-        logits, mutated = model.apply(variables, transform(batch.images), batch.labels, mutable=[RECORDS])
+        logits, mutated = model.apply(variables, transform(batch.inputs), batch.labels, mutable=[RECORDS])
         summary: Summary = summarize(mutated)
         classification = Classification.empty(logits.shape[-1]).update(logits, batch.labels)
         return Evaluation(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpa_jax.config import default_config
 from dpa_jax.data import preview, sources
-from dpa_jax.data.folder import FolderSplit
-from dpa_jax.training.config import default_config
+from dpa_jax.data.sources.folder import FolderSplit
 
 ROOT = pathlib.Path(__file__).parents[2]
 TABLES = ("AutoContrast", "Equalize", "Invert", "PosterizeIncreasing 1", "SolarizeIncreasing 26", "SolarizeAdd 99")
@@ -37,12 +37,12 @@ def colour():
     part.update(erase=0.25, mixup=0.8, cutmix=1.0)
     dataset = sources.load(config.data)
     batch = preview.pick(dataset.train, 5, 0, seed=3)
-    assert np.array_equal(batch.images, dataset.train.images[batch.index])
+    assert np.array_equal(batch.inputs, dataset.train.images[batch.index])
     assert np.array_equal(batch.labels, dataset.train.labels[batch.index])
     assert len(set(batch.index.tolist())) == 5
     rows = preview.treatments(part, dataset.mean, dataset.std)
     key = jax.random.key(0)
-    return np.asarray(batch.images), {title: np.asarray(treatment(key, batch)) for title, treatment in rows.items()}
+    return np.asarray(batch.inputs), {title: np.asarray(treatment(key, batch)) for title, treatment in rows.items()}
 
 
 def test_there_is_a_row_for_everything_configured(colour):
@@ -104,7 +104,7 @@ def test_cells_are_where_they_should_be(digits):
     config, sheet = digits
     batch = preview.pick(sources.load(config.data).train, 3, 0, config.seed)
     rows = 1 + 15 + 1 + preview.DRAWS + 1
-    for column, image in enumerate(batch.images):
+    for column, image in enumerate(batch.inputs):
         expected = np.repeat(image, 3, axis=-1)
         assert np.array_equal(cell(sheet, 0, column, rows, 3), expected)
         assert np.array_equal(cell(sheet, 3, column, rows, 3), 255 - expected)
@@ -167,8 +167,8 @@ def test_images_of_a_folder_are_cut_square(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name / "0.png")
     split = FolderSplit(tmp_path, {"a": ["0.png"], "b": ["0.png"]})
     batch = preview.pick(split, 2, 16, seed=0)
-    assert batch.images.shape == (2, 16, 16, 3)
-    assert (np.asarray(batch.images)[:, 2:-2, 2:-2] == (10, 200, 30)).all()  # the rim is blended with what lies outside
+    assert batch.inputs.shape == (2, 16, 16, 3)
+    assert (np.asarray(batch.inputs)[:, 2:-2, 2:-2] == (10, 200, 30)).all()  # the rim is blended with what lies outside
     assert np.array_equal(batch.labels, batch.index)
     with pytest.raises(ValueError, match=r"augment\.image_size must be at least 1; got 0"):
         preview.pick(split, 2, 0, seed=0)

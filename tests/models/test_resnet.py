@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import dpa_jax
-from dpa_jax.data.pipeline import Batch
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
+from dpa_jax.data.batch import Batch
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_train_step
 
@@ -60,7 +60,7 @@ def test_mechanisms_train_on_feature_maps(mechanism, options, penalties):
     labels = np.arange(12, dtype=np.int32) % 3
     images = (rng.normal(size=(12, 8, 8, 3)) + labels[:, None, None, None]).astype(np.float32)
     zeros = np.zeros(12, np.int32)
-    step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.images, coefficients))
+    step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.inputs, coefficients))
     history = []
     for _ in range(30):
         state, metrics = step(state, Batch(images, labels, zeros, zeros))

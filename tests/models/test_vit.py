@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import dpa_jax
-from dpa_jax.data.pipeline import Batch
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
+from dpa_jax.data.batch import Batch
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -69,7 +69,7 @@ def test_training_follows_the_authors_program(golden, mechanism):
     state = state.replace(params=params, opt_state=optimizer.init(params))
 
     images = np.moveaxis(arrays["images_nchw"], 2, -1)
-    step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.images, config.coefficients))
+    step = jax.jit(make_train_step(model, optimizer, lambda key, batch: batch.inputs, config.coefficients))
     names = [{"ce": "cross_entropy"}.get(name, name) for name in recorded["loss_names"]]
     for t in range(recorded["steps"]):
         nothing = np.zeros(images.shape[1], np.int32)

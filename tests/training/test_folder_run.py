@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpa_jax.data.loader import StreamFeed
+from dpa_jax.config import default_config
+from dpa_jax.data.feeds.stream import StreamFeed
 from dpa_jax.data.splits import CorruptImageError
-from dpa_jax.training.config import default_config
 from dpa_jax.training.loop import build, train_and_evaluate
 
 
@@ -82,5 +82,5 @@ def test_a_dry_run_of_the_imagenet_configurations(name, folder, tmp_path):
     assert last["step"] == 3 and last["eval_top1"] * 10 % 1 == 0
     assert {"loss_channel", "masked_fraction"} <= last.keys()
     program = build(config)
-    assert program.train_feed.train(0).images.shape == (8, 224, 224, 3)
+    assert program.train_feed.train(0).inputs.shape == (8, 224, 224, 3)
     assert isinstance(program.train_feed, StreamFeed)

@@ -12,8 +12,8 @@ import optax
 import pytest
 import sklearn.metrics
 
+from dpa_jax.config import OPTIMIZERS, SCHEDULES, default_config
 from dpa_jax.training.checkpoint import Checkpoints
-from dpa_jax.training.config import OPTIMIZERS, SCHEDULES, default_config
 from dpa_jax.training.loop import NonFiniteError, build, evaluate, train_and_evaluate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.state import create_model

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 from dpa_jax.training.record import Recorder, changed_keys, plot_curves
 
 CONFIG = ConfigDict({"model": "vit", "data": {"name": "digits", "mean": (0.5, 0.25)}, "seed": 0, "clip": None})

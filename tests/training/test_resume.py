@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # 100 images in batches of 16: epochs end after steps 6, 12, 19 and 25, three of them in the middle of a batch.
 # Checkpoints come after steps 4, 6, 8, 12, 16, 19, 20, 24 and 25.
 CONFIG = """
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
 
 def get_config():
     config = default_config()
@@ -43,7 +43,7 @@ import itertools, os, pathlib, runpy, signal, sys, time
 
 moment, at, train, *arguments = sys.argv[1:]
 at, checkpoints = int(at), pathlib.Path(arguments[-1]) / "checkpoints"
-from dpa_jax.data.pipeline import Feed
+from dpa_jax.data.feeds.memory import Feed
 from dpa_jax.training import record
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.record import Recorder

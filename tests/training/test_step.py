@@ -8,7 +8,7 @@ import pytest
 
 import dpa_jax
 from dpa_jax.data import augment
-from dpa_jax.data.pipeline import Batch
+from dpa_jax.data.batch import Batch
 from dpa_jax.training.state import create_state
 from dpa_jax.training.step import make_train_step
 
@@ -35,7 +35,7 @@ def make_batch(examples=8) -> Batch:
 def run(mix=None, smoothing=0.0, batch=None, steps=1):
     optimizer = optax.sgd(0.1)
     state = create_state(Mlp(), optimizer, (), seed=0)
-    step = jax.jit(make_train_step(Mlp(), optimizer, lambda key, batch: batch.images, COEFFICIENTS, smoothing, mix))
+    step = jax.jit(make_train_step(Mlp(), optimizer, lambda key, batch: batch.inputs, COEFFICIENTS, smoothing, mix))
     for _ in range(steps):
         state, metrics = step(state, batch or make_batch())
     return jax.device_get((state, metrics))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpa_jax.activations.checks import check_choice
+from dpa_jax.checks import check_choice
 
 RESAMPLE = ("bilinear", "bicubic")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.activations.checks import check_choice
+from dpa_jax.checks import check_choice
 from dpa_jax.data.augment.operations import OPERATIONS, RESAMPLE, apply, check_image
 
 # An operation is as strong as it gets here, but for those that go on growing where `mmax` lets them.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpa_jax.activations.checks import check_choice
+from dpa_jax.checks import check_choice
 
 Kernel = Callable[[Any], Any]
 

@@ -13,7 +13,7 @@ from dpa_jax.data.augment.crop import center_crop, random_crop, random_flip, ran
 from dpa_jax.data.augment.erasing import random_erasing
 from dpa_jax.data.augment.policy import parse_policy, rand_augment
 from dpa_jax.data.augment.resample import resize
-from dpa_jax.data.pipeline import Batch
+from dpa_jax.data.batch import Batch
 
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -69,7 +69,7 @@ def train_transform(
         return image
 
     def transform(key: jax.Array, batch: Batch) -> jax.Array:
-        return jax.vmap(one, in_axes=(None, 0, 0, 0))(key, batch.images, batch.index, batch.epoch)
+        return jax.vmap(one, in_axes=(None, 0, 0, 0))(key, batch.inputs, batch.index, batch.epoch)
 
     return transform
 

@@ -7,10 +7,11 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
+from dpa_jax.config import default_config
 from dpa_jax.data import augment
-from dpa_jax.data.pipeline import Batch, Feed
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.memory import Feed
 from dpa_jax.data.sources import Split
-from dpa_jax.training.config import default_config
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -211,9 +212,9 @@ def test_transforms_without_operations_only_normalize(shape):
     data = batch().replace(images=jnp.asarray(images(6, *shape, 3)))
     for values in (
         augment.train_transform(config(), MEAN, STD)(jax.random.key(0), data),
-        augment.eval_transform(config(), MEAN, STD)(data.images),
+        augment.eval_transform(config(), MEAN, STD)(data.inputs),
     ):
-        np.testing.assert_array_equal(values, jax.vmap(lambda i: augment.normalize(i, MEAN, STD))(data.images))
+        np.testing.assert_array_equal(values, jax.vmap(lambda i: augment.normalize(i, MEAN, STD))(data.inputs))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -245,7 +246,7 @@ def test_the_operations_come_in_timms_order():
 
     for i in range(6):
         image_key = jax.random.fold_in(jax.random.fold_in(key, data.epoch[i]), data.index[i])
-        np.testing.assert_allclose(ours[i], by_hand(data.images[i], image_key), atol=1e-6)
+        np.testing.assert_allclose(ours[i], by_hand(data.inputs[i], image_key), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pad", "resized", "whole"])

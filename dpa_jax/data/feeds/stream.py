@@ -25,9 +25,11 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpa_jax.data.examples import EvalExamples, Example, Examples, TrainExamples, read_or_next, read_or_none
-from dpa_jax.data.host_crop import EvalCrop, TrainCrop
-from dpa_jax.data.pipeline import BaseFeed, Batch, Feed, fits, put
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.base import BaseFeed, fits, put
+from dpa_jax.data.feeds.examples import EvalExamples, Example, Examples, TrainExamples, read_or_next, read_or_none
+from dpa_jax.data.feeds.host_crop import EvalCrop, TrainCrop
+from dpa_jax.data.feeds.memory import Feed
 from dpa_jax.data.splits import AnySplit, CorruptImageError, LazySplit, Split
 
 _WAITING = 8  # images of each worker that wait, in shared memory, of which a container may have little
@@ -159,7 +161,7 @@ class StreamFeed(BaseFeed):
             return put((self.batch_size, *own.shape[1:]), self._sharded, rows)
 
         batch = Batch(
-            images=on_devices([example["image"] for example in examples], np.uint8),
+            inputs=on_devices([example["image"] for example in examples], np.uint8),
             labels=on_devices([example["label"] for example in examples], np.int32),
             index=on_devices([example["index"] for example in examples], np.int32),
             epoch=on_devices([example["epoch"] for example in examples], np.int32),

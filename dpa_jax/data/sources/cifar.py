@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from absl import logging
 
-from dpa_jax.data import prepared
+from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.splits import AnySplit, Split
 
 

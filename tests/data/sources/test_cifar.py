@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from dpa_jax.data import archives
+from dpa_jax.data.sources import cifar as archives
 
 RANDOM = np.random.default_rng(0)
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dpa_jax.data import cache
+from dpa_jax.data.sources import cache
 from dpa_jax.data.splits import AnySplit, LazySplit, Split, decode
 
 _FORMAT = "array_record"

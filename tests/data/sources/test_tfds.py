@@ -11,9 +11,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from dpa_jax.data import archives, prepared, sources
+from dpa_jax.config import default_config
+from dpa_jax.data import sources
+from dpa_jax.data.sources import cifar as archives
+from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.splits import CorruptImageError, Split
-from dpa_jax.training.config import default_config
 
 RANDOM = np.random.default_rng(0)
 NAMES = ["ant", "bee", "cat"]

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from dpa_jax.data import pipeline
-from dpa_jax.data.pipeline import Feed, Sampler
+from dpa_jax.data.feeds import memory as pipeline
+from dpa_jax.data.feeds.memory import Feed
+from dpa_jax.data.feeds.sampler import Sampler
 from dpa_jax.data.splits import Split
 
 
@@ -19,7 +20,7 @@ def make_mesh(devices: int) -> Mesh:
 
 
 def as_numpy(batch: pipeline.Batch) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in (batch.images, batch.labels, batch.index, batch.epoch)]
+    return [np.asarray(leaf) for leaf in (batch.inputs, batch.labels, batch.index, batch.epoch)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8, 21])

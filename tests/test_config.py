@@ -5,9 +5,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from dpa_jax.training.config import default_config, validate
+from dpa_jax.config import default_config, validate
 
-CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def changed(path, value):

@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dpa_jax.activations.checks import check_choice, check_range
+from dpa_jax.checks import check_choice, check_range
 from dpa_jax.data.augment import parse_policy
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpa_jax.data import cache, folder, sources, splits
-from dpa_jax.training.config import default_config
+from dpa_jax.config import default_config
+from dpa_jax.data import sources, splits
+from dpa_jax.data.sources import cache, folder
 
 RANDOM = np.random.default_rng(0)
 TREE = {"bee": ["1.png", "2.JPEG"], "ant": ["b.jpg", "a.png", "c.jpeg"], "\u00fc wasp": ["x.PNG"]}

@@ -9,8 +9,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from dpa_jax.data.host_crop import DRAWS, EvalCrop, TrainCrop
-from dpa_jax.data.pipeline import Sampler
+from dpa_jax.data.feeds.host_crop import DRAWS, EvalCrop, TrainCrop
+from dpa_jax.data.feeds.sampler import Sampler
 from dpa_jax.data.splits import CorruptImageError, LazySplit
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import config_flags
 
-from dpa_jax.training.config import check_key
+from dpa_jax.config import check_key
 
 
 def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[str]], list[str]]:

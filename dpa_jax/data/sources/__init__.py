@@ -10,8 +10,10 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from dpa_jax.activations.checks import check_choice, check_range
-from dpa_jax.data import archives, folder, parquet, prepared
+from dpa_jax.checks import check_choice, check_range
+from dpa_jax.data.sources import cifar as archives
+from dpa_jax.data.sources import folder, parquet
+from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.splits import Dataset, Split
 
 

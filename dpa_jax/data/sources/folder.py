@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dpa_jax.data import cache
+from dpa_jax.data.sources import cache
 from dpa_jax.data.splits import LazySplit
 
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"

@@ -14,13 +14,16 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from dpa_jax.data import augment, folder, pipeline
-from dpa_jax.data.examples import uniform
-from dpa_jax.data.host_crop import DRAWS, EvalCrop, TrainCrop
-from dpa_jax.data.loader import StreamFeed, make_feed
-from dpa_jax.data.pipeline import Feed, Sampler
+from dpa_jax.config import default_config
+from dpa_jax.data import augment
+from dpa_jax.data.feeds import memory as pipeline
+from dpa_jax.data.feeds.examples import uniform
+from dpa_jax.data.feeds.host_crop import DRAWS, EvalCrop, TrainCrop
+from dpa_jax.data.feeds.memory import Feed
+from dpa_jax.data.feeds.sampler import Sampler
+from dpa_jax.data.feeds.stream import StreamFeed, make_feed
+from dpa_jax.data.sources import folder
 from dpa_jax.data.splits import CorruptImageError, Split
-from dpa_jax.training.config import default_config
 
 EXAMPLES = 21  # 12 and 9 of two classes; 8 and 6 to evaluate
 
@@ -74,7 +77,7 @@ def eval_feed(root, devices=8, batch_size=8, **changes):
 
 
 def as_numpy(batch):
-    return [np.asarray(leaf) for leaf in (batch.images, batch.labels, batch.index, batch.epoch)]
+    return [np.asarray(leaf) for leaf in (batch.inputs, batch.labels, batch.index, batch.epoch)]
 
 
 def assert_equal(one, other):
@@ -357,9 +360,9 @@ from jax.sharding import Mesh
 index, address, root = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, 2, index)
-from dpa_jax.data import folder
-from dpa_jax.data.loader import make_feed
-from dpa_jax.training.config import default_config
+from dpa_jax.data.sources import folder
+from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.config import default_config
 
 config = default_config()
 config.augment.update(image_size=8, crop="resized", eval_resize=10)

@@ -1,0 +1,1 @@
+"""How the examples of a source come to the devices, batch by batch."""
