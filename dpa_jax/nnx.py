@@ -28,7 +28,8 @@ the backward memories, and `recorded` hands out what the penalties are made of::
         optimizer.update(model, gradients)
         return loss
 
-`dpa_jax.supervise`, `dpa_jax.penalties` and `dpa_jax.summarize` serve linen and NNX alike.
+`dpa_jax.supervise`, `dpa_jax.penalties` and `dpa_jax.summarize` serve linen and NNX alike. A mechanism of your own is a
+subclass of `Stateful` that names it.
 """
 
 from __future__ import annotations
@@ -36,18 +37,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dpa_jax.activations import aiec, arr, dpa, raa
-from dpa_jax.activations import reset_counters as reset_linen_counters
-from dpa_jax.activations.aiec import strict_threshold
+from dpa_jax import activations
 from dpa_jax.activations.penalties import RECORDS
-from dpa_jax.activations.supervision import supervised
-from dpa_jax.activations.threshold import threshold
 from dpa_jax.checks import check_range
 
 __all__ = [
@@ -60,9 +57,11 @@ __all__ = [
     "ForwardMemory",
     "PenaltyRecords",
     "ResponseMemory",
+    "Stateful",
     "recorded",
     "reset_counters",
     "value_and_grad",
+    "variable_type",
 ]
 
 
@@ -86,59 +85,120 @@ class PenaltyRecords(nnx.Variable):
     """What an activation saw during one call of `recorded`; no model keeps any."""
 
 
-class _Recorder(nnx.Module):
-    """An activation that tells `recorded` what it saw, in an attribute that is there as long as it wants to know."""
-
-    records: PenaltyRecords
-
-    @property
-    def _recording(self) -> bool:
-        return hasattr(self, "records")
-
-    def _record(self, record: Any) -> None:
-        if self._recording:
-            self.records.set_value((*self.records.get_value(), record))
+_TYPES: dict[str, type[nnx.Variable]] = {
+    "params": nnx.Param,
+    "forward_memory": ForwardMemory,
+    "backward_memory": BackwardMemory,
+    "response_memory": ResponseMemory,
+    "activity_counters": ActivityCounter,
+}
 
 
-class DPA(_Recorder):
-    """Dual-Perspective Activation, `dpa_jax.DPA` as an NNX module.
+def variable_type(collection: str) -> type[nnx.Variable]:
+    """The type of the variables that are in this collection in linen; made where there is none yet."""
+    if collection not in _TYPES:
+        _TYPES[collection] = type(collection.title().replace("_", ""), (nnx.Variable,), {"__module__": __name__})
+    return _TYPES[collection]
+
+
+class Stateful(nnx.Module):
+    """A mechanism as an NNX module.
+
+    Example::
+
+        class Tracker(dpa_jax.nnx.Stateful):
+            mechanism = own_mechanism.Tracker
+
+        act = Tracker(num_features=64)
+
+    Class attributes:
+        mechanism: the linen module; a subclass sets it.
 
     Attributes:
         settings: the linen module that holds the settings.
-        forward_memory: ``ForwardMemory`` [K, C] float32.
-        backward_memory: ``BackwardMemory`` [K, C] float32.
-        step: ``ForwardMemory`` [] int32, the training calls modulo the interval.
+        KEY: for every key of the mechanism's ``kept``, an ``nnx.Variable`` of the type that `variable_type` says.
 
     Args:
-        num_classes: K.
-        num_features: C.
-        rngs: taken and not used, so that all activations are made alike.
-        **options: the other attributes of `dpa_jax.DPA`.
+        *sizes: ``num_classes``, where the mechanism has it, and ``num_features``, the number of channels.
+        rngs: its ``params`` stream draws parameters; needed where the mechanism has some.
+        **options: the attributes of the linen module.
 
     Raises:
         ValueError: for a setting out of its range, and for inputs or labels whose shape does not fit.
         TypeError: for an option that does not exist.
     """
 
-    def __init__(self, num_classes: int, num_features: int, *, rngs: nnx.Rngs | None = None, **options: Any):
-        del rngs
-        self.settings = dpa.DPA(num_classes, parent=None, **options)
-        check_range("DPA", "num_features", num_features, low=1)
-        self.forward_memory = ForwardMemory(jnp.zeros((num_classes, num_features)))
-        self.backward_memory = BackwardMemory(jnp.zeros((num_classes, num_features)))
-        self.step = ForwardMemory(jnp.zeros((), jnp.int32))
+    mechanism: ClassVar[type[activations.Mechanism]]
+    records: PenaltyRecords  # there as long as `recorded` wants to know
 
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """As `dpa_jax.DPA`: the threshold of ``x``; ``labels`` [B] and ``train`` move the memories."""
-        labels, train = supervised(labels, train)
-        if labels is None or not (train or self._recording):
-            return threshold(x, self.settings.tau)
-        memories = dpa.Memories(self.forward_memory[...], self.backward_memory[...], self.step[...])
-        y, memories, record = dpa.observe(self.settings, x, labels, memories, train)
-        if train:
-            self.forward_memory[...], self.step[...] = memories.forward, memories.step
-        self._record(record)
+    def __init__(self, *sizes: int, rngs: nnx.Rngs | None = None, **options: Any):
+        owner, fields = self.mechanism.__name__, self.mechanism.__dataclass_fields__
+        names = ["num_classes", "num_features"] if "num_classes" in fields else ["num_features"]
+        if len(sizes) > len(names):
+            raise TypeError(f"{owner}: at most {' and '.join(names)} may be given without a name; got {sizes}")
+        options = dict(zip(names, sizes, strict=False)) | options
+        if "num_features" not in options:
+            raise TypeError(f"{owner}: num_features is missing, the number of channels")
+        num_features = options.pop("num_features")
+        self.settings = self.mechanism(parent=None, **options)
+        check_range(owner, "num_features", num_features, low=1)
+        for key, variable in self.mechanism.kept.items():
+            drawn = variable.collection == "params"
+            if drawn and rngs is None:
+                raise TypeError(f"{owner}: rngs is missing, which draws {key}")
+            shape = variable.shape(options.get("num_classes", 0), num_features)
+            value = variable.start(rngs.params() if drawn and rngs else None, shape, variable.dtype)
+            setattr(self, key, variable_type(variable.collection)(value))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        train: bool = False,
+        *,
+        pool: str | None = None,
+        rows_per_sample: int = 1,
+    ) -> jax.Array:
+        """As the linen module; what ``train`` updates are attributes of this one."""
+
+        def read() -> dict[str, jax.Array]:
+            return {key: getattr(self, key)[...] for key in self.mechanism.kept}
+
+        how, recording = self.settings.pool_of(pool, rows_per_sample), hasattr(self, "records")
+        y, new, record = self.settings.call(x, labels, train, recording, read, how, rows_per_sample)
+        for key, value in new.items():
+            getattr(self, key)[...] = value
+        if recording and record is not None:
+            self.records.set_value((*self.records.get_value(), record))
         return y
+
+
+class DPA(Stateful):
+    """Dual-Perspective Activation, `dpa_jax.DPA`: ``DPA(num_classes, num_features, **options)``.
+
+    Attributes ``forward_memory`` and ``backward_memory`` [K, C] float32, ``step`` [] int32.
+    """
+
+    mechanism = activations.DPA
+
+
+class ARR(Stateful):
+    """Aggregated Response Regularisation, `dpa_jax.ARR`: ``ARR(num_classes, num_features, **options)``.
+
+    Attributes ``mean`` [K, C] float32 and ``count`` [K] int32.
+    """
+
+    mechanism = activations.ARR
+
+
+class AIEC(Stateful):
+    """Activation with Intrinsic-Extrinsic Consensus, `dpa_jax.AIEC`.
+
+    ``AIEC(num_classes, num_features, rngs=..., **options)``. Attributes ``decision_weights`` [K, C] float32; ``active``
+    and ``inhibited`` [K, C], ``total`` [K] and ``step`` [], int32.
+    """
+
+    mechanism = activations.AIEC
 
 
 class RAA(nnx.Module):
@@ -161,7 +221,7 @@ class RAA(nnx.Module):
 
     def __init__(self, num_features: int, *, rngs: nnx.Rngs | None = None, **options: Any):
         del rngs
-        self.settings = raa.RAA(parent=None, **options)
+        self.settings = activations.RAA(parent=None, **options)
         check_range("RAA", "num_features", num_features, low=1)
         # All zeros, whatever the key.
         parameters = self.settings.init(jax.random.key(0), jnp.zeros((1, num_features)))["params"]
@@ -172,90 +232,6 @@ class RAA(nnx.Module):
         """As `dpa_jax.RAA`: the shifted GELU or ReLU of ``x`` [..., C]; ``labels`` and ``train`` change nothing."""
         parameters = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         y: Any = self.settings.apply({"params": parameters}, x, labels, train)
-        return y
-
-
-class ARR(_Recorder):
-    """Aggregated Response Regularisation, `dpa_jax.ARR` as an NNX module.
-
-    Attributes:
-        settings: the linen module that holds the settings.
-        mean: ``ResponseMemory`` [K, C] float32.
-        count: ``ResponseMemory`` [K] int32, the samples of each class so far.
-
-    Args:
-        num_classes: K.
-        num_features: C.
-        rngs: taken and not used, so that all activations are made alike.
-        **options: the other attributes of `dpa_jax.ARR`.
-
-    Raises:
-        ValueError: for a setting out of its range, and for inputs or labels whose shape does not fit.
-        TypeError: for an option that does not exist.
-    """
-
-    def __init__(self, num_classes: int, num_features: int, *, rngs: nnx.Rngs | None = None, **options: Any):
-        del rngs
-        self.settings = arr.ARR(num_classes, parent=None, **options)
-        check_range("ARR", "num_features", num_features, low=1)
-        self.mean = ResponseMemory(jnp.zeros((num_classes, num_features)))
-        self.count = ResponseMemory(jnp.zeros((num_classes,), jnp.int32))
-
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """As `dpa_jax.ARR`: ``x``; ``labels`` [B] and ``train`` move the memory."""
-        labels, train = supervised(labels, train)
-        if labels is None or not (train or self._recording):
-            return x
-        memory = arr.Memory(self.mean[...], self.count[...])
-        memory, record = arr.observe(self.settings, x, labels, memory, train)
-        if train:
-            self.mean[...], self.count[...] = memory
-        self._record(record)
-        return x
-
-
-class AIEC(_Recorder):
-    """Activation with Intrinsic-Extrinsic Consensus, `dpa_jax.AIEC` as an NNX module.
-
-    Attributes:
-        settings: the linen module that holds the settings.
-        decision_weights: ``nnx.Param`` [K, C] float32.
-        active: ``ActivityCounter`` [K, C] int32, as are ``inhibited`` [K, C], ``total`` [K] and ``step`` [].
-
-    Args:
-        num_classes: K.
-        num_features: C.
-        rngs: its ``params`` stream draws the decision weights.
-        **options: the other attributes of `dpa_jax.AIEC`.
-
-    Raises:
-        ValueError: for a setting out of its range, and for inputs or labels whose shape does not fit.
-        TypeError: for an option that does not exist.
-    """
-
-    def __init__(self, num_classes: int, num_features: int, *, rngs: nnx.Rngs, **options: Any):
-        self.settings = aiec.AIEC(num_classes, parent=None, **options)
-        check_range("AIEC", "num_features", num_features, low=1)
-        shape = (num_classes, num_features)
-        self.decision_weights = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), shape))
-        self.active = ActivityCounter(jnp.zeros(shape, jnp.int32))
-        self.inhibited = ActivityCounter(jnp.zeros(shape, jnp.int32))
-        self.total = ActivityCounter(jnp.ones((num_classes,), jnp.int32))
-        self.step = ActivityCounter(jnp.zeros((), jnp.int32))
-
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """As `dpa_jax.AIEC`: the threshold of ``x``; ``labels`` [B] and ``train`` move the counters."""
-        labels, train = supervised(labels, train)
-        if labels is None or not (train or self._recording):
-            return strict_threshold(x, self.settings.tau)
-        stored = [getattr(self, name) for name in aiec.Counters._fields]
-        counters = aiec.Counters(*[variable[...] for variable in stored])
-        weights = self.decision_weights[...]
-        y, counters, record = aiec.observe(self.settings, x, labels, weights, counters, train)
-        if train:
-            for variable, value in zip(stored, counters, strict=True):
-                variable[...] = value
-        self._record(record)
         return y
 
 
@@ -282,7 +258,7 @@ def recorded(call: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any
 
     def recorded_call(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         for _, module in nnx.iter_modules(model):
-            if isinstance(module, _Recorder):
+            if isinstance(module, Stateful):
                 module.records = PenaltyRecords(())
         try:
             result = call(*args, **kwargs)
@@ -323,7 +299,10 @@ def value_and_grad(
 
 
 def reset_counters(model: nnx.Module) -> None:
-    """`dpa_jax.reset_counters` of every `AIEC` in the model, in place: whenever it enters evaluation."""
-    counters = nnx.state(model, ActivityCounter)
-    nnx.replace_by_pure_dict(counters, reset_linen_counters(nnx.to_pure_dict(counters)))
-    nnx.update(model, counters)
+    """`dpa_jax.reset_counters` of every mechanism in the model, in place: whenever it enters evaluation."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Stateful):
+            for key, variable in module.mechanism.kept.items():
+                if variable.resets:
+                    old = getattr(module, key)
+                    old[...] = variable.start(None, old[...].shape, variable.dtype)

@@ -1,12 +1,17 @@
 """Activations that remember, and the plain ones they are compared with."""
 
-from dpa_jax.activations.aiec import AIEC, reset_counters
+from typing import Any
+
+from dpa_jax.activations import registry
+from dpa_jax.activations.aiec import AIEC
 from dpa_jax.activations.arr import ARR
 from dpa_jax.activations.baselines import GDN, Elementwise
 from dpa_jax.activations.dpa import DPA
-from dpa_jax.activations.penalties import COLLECTIONS, MUTABLE, Summary, penalties, summarize
+from dpa_jax.activations.mechanism import Mechanism, Variable
+from dpa_jax.activations.memory import remember_gradient
+from dpa_jax.activations.penalties import Ratio, Record, Summary, penalties, summarize
 from dpa_jax.activations.raa import RAA
-from dpa_jax.activations.registry import activation, register
+from dpa_jax.activations.registry import activation, default_coefficients, register, reset_counters
 from dpa_jax.activations.supervision import supervise
 from dpa_jax.activations.threshold import threshold
 
@@ -19,12 +24,30 @@ __all__ = [
     "MUTABLE",
     "RAA",
     "Elementwise",
+    "Mechanism",
+    "Ratio",
+    "Record",
     "Summary",
+    "Variable",
     "activation",
+    "default_coefficients",
     "penalties",
     "register",
+    "remember_gradient",
     "reset_counters",
     "summarize",
     "supervise",
     "threshold",
 ]
+
+MUTABLE: tuple[str, ...]
+COLLECTIONS: tuple[str, ...]
+
+
+def __getattr__(name: str) -> Any:
+    # These follow from the registered mechanisms, of which there may be more the next time.
+    if name == "MUTABLE":
+        return registry.mutable_collections()
+    if name == "COLLECTIONS":
+        return registry.collections()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,139 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
-from dpa_jax.activations.supervision import supervised
-from dpa_jax.checks import (
-    check_choice,
-    check_labels,
-    check_memory,
-    check_range,
-    stored_variable,
-)
+from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
+from dpa_jax.activations.penalties import Ratio, Record, Summary
+from dpa_jax.checks import check_range
 
 
-@struct.dataclass
-class AIECRecord:
-    """What one AIEC saw in one call. Leading axes, as ``nn.scan`` adds them, are layers.
-
-    Attributes:
-        values: [B, C] float32, pooled activations, with gradient.
-        logits: [B, K] float32, the layer's own decision, with gradient.
-        irrelevant: [K, C] bool, the channels that both views find irrelevant to a class.
-        labels: [B] int32.
-        axis_name: of the module.
-    """
-
-    values: jax.Array
-    logits: jax.Array
-    irrelevant: jax.Array
-    labels: jax.Array
-    axis_name: str | None = struct.field(pytree_node=False)
-
-    @staticmethod
-    def summarize(records: list[AIECRecord]) -> Summary:
-        """The decisions' cross-entropy over layers and samples; the mean of a^2 over all masked entries."""
-        aux = gate = masked = Ratio.zero()
-        for group in stack_alike(records):
-            labelled = mem.valid_labels(group.labels, group.logits.shape[-1])
-            labels = jnp.where(labelled, group.labels, 0)
-            entropies = optax.softmax_cross_entropy_with_integer_labels(group.logits, labels)
-            samples = jnp.sum(labelled, dtype=jnp.float32)
-            aux += Ratio(jnp.sum(jnp.where(labelled, entropies, 0.0)), samples).share(group.axis_name)
-            mask = consensus_mask(group)
-            count = jnp.sum(mask, dtype=jnp.float32)
-            total = jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0))
-            gate += Ratio(total, count).share(group.axis_name)
-            masked += Ratio(count, samples * group.values.shape[-1]).share(group.axis_name)
-        return Summary(terms={"aux": aux, "gate": gate}, masked=masked)
-
-
-def consensus_mask(record: AIECRecord) -> jax.Array:
-    """The channels irrelevant to each sample's class, [L, B, C] bool of a record of L layers; False if unlabelled."""
-    return jax.vmap(mem.recall)(record.irrelevant, record.labels)
-
-
-def count_activity(
-    values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Over the samples that the layer itself classifies correctly, how often each channel was on and off.
-
-    Args:
-        values: [B, C], pooled activations, at least 0.
-        logits: [B, K].
-        labels: [B] integers; invalid ones are never classified correctly.
-        axis_name: the mapped axis over which the batch is spread, if any.
-
-    Returns:
-        Active and inhibited, [K, C] int32, and total, [K] int32.
-    """
-    correct = jnp.argmax(logits, axis=-1) == labels
-    classes = jnp.arange(logits.shape[-1])
-    members = (labels[:, None] == classes[None, :]) & correct[:, None]
-    # Zeros and ones are exact in every precision of the product, and so are their sums up to 2^24.
-    active = jnp.matmul(members.T.astype(jnp.float32), (values > 0).astype(jnp.float32)).astype(jnp.int32)
-    active, total = mem.sum_devices((active, jnp.sum(members, axis=0, dtype=jnp.int32)), axis_name)
-    return active, total[:, None] - active, total
-
-
-class Counters(NamedTuple):
-    """An AIEC's counters, int32: [K, C], [K, C], [K] and []."""
-
-    active: jax.Array
-    inhibited: jax.Array
-    total: jax.Array
-    step: jax.Array
-
-
-def strict_threshold(x: jax.Array, tau: float) -> jax.Array:
-    """The threshold of AIEC: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
-    return jnp.where(x <= tau, jnp.zeros((), x.dtype), x)
-
-
-def observe(
-    act: AIEC, x: jax.Array, labels: jax.Array, weights: jax.Array, counters: Counters, train: bool
-) -> tuple[jax.Array, Counters, AIECRecord]:
-    """AIEC with labels, as a function of its state.
-
-    Args:
-        act: the settings.
-        x: pre-activations, of the shape that the pool takes.
-        labels: [B] integers.
-        weights: [K, C] float32, the decision weights.
-        counters: before this batch.
-        train: whether the counters are updated.
-
-    Returns:
-        The output, the counters after this batch and the record.
-    """
-    y, labels = strict_threshold(x, act.tau), jnp.asarray(labels)
-    check_labels("AIEC", x, labels)
-    check_memory("AIEC", counters.active, act.num_classes, x.shape[-1])
-    values = mem.pool(y, act.pool)
-    logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
-    if train:
-        step = (counters.step + 1) % act.update_interval
-        counted = count_activity(values, logits, labels, act.axis_name)
-        active, inhibited, total = (
-            old + jnp.where(step == 0, new, 0) for old, new in zip(counters[:3], counted, strict=True)
-        )
-        counters = Counters(active, inhibited, total, step)
-    # The sign of (active - inhibited) / total, of which the total is positive.
-    irrelevant = (counters.active <= counters.inhibited) & (weights <= 0)
-    return y, counters, AIECRecord(values, logits, irrelevant, labels, act.axis_name)
-
-
-class AIEC(nn.Module):
+class AIEC(Mechanism):
     """Activation with Intrinsic-Extrinsic Consensus: a threshold whose channels are counted and judged.
 
     The output is ``x`` where ``x > tau`` and 0 elsewhere, always. In training, two views judge each channel for
@@ -162,11 +44,8 @@ class AIEC(nn.Module):
         num_classes: K.
         tau: the threshold, at least 0.
         update_interval: samples are counted in every ``update_interval``-th training call.
-        pool: how an output becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
-            over the middle axes of [B, ..., C], ``"none"`` for [B, C].
-        axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
-            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other.
-            Penalties are such that their mean over the devices, and that of their gradients, is the whole batch's.
+        pool: how an output becomes one vector per sample, as `DPA` has it.
+        axis_name: the mapped axis over which the batch is spread, as `DPA` has it.
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
@@ -175,79 +54,100 @@ class AIEC(nn.Module):
     num_classes: int
     tau: float = 0.0
     update_interval: int = 5
-    pool: str = "token"
+    pool: str | None = None
     axis_name: str | None = None
 
-    def __post_init__(self):
-        check_range("AIEC", "num_classes", self.num_classes, low=1)
+    kept: ClassVar = {
+        "decision_weights": Variable("params", "decision_weights", start=nn.initializers.xavier_uniform()),
+        "active": Variable("activity_counters", "active", dtype=jnp.int32, resets=True),
+        "inhibited": Variable("activity_counters", "inhibited", dtype=jnp.int32, resets=True),
+        "total": Variable("activity_counters", "total", "K", jnp.int32, nn.initializers.ones, resets=True),
+        "step": Variable("activity_counters", "step", "", jnp.int32),
+    }
+    coefficients: ClassVar = {"aux": 1.0, "gate": 200.0}
+
+    def check(self) -> None:
+        """Raises ValueError for settings outside of their range."""
         check_range("AIEC", "tau", self.tau, low=0)
         check_range("AIEC", "update_interval", self.update_interval, low=1)
-        check_choice("AIEC", "pool", self.pool, mem.POOLS)
-        super().__post_init__()
 
-    @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the threshold and, given labels, takes part in the penalties.
+    def plain(self, x: jax.Array) -> jax.Array:
+        """The threshold alone."""
+        return strict_threshold(x, self.tau)
 
-        Args:
-            x: pre-activations, of the shape that ``pool`` takes; any floating dtype.
-            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
-                it the plain threshold and nothing else.
-            train: whether the counters are updated. Without, they are read for the penalties where
-                the call's ``mutable`` asks for it.
+    def observe(
+        self, x: jax.Array, labels: jax.Array, state: Mapping[str, jax.Array], train: bool, pool: Pool
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """As `Mechanism.observe`.
 
-        Returns:
-            Array of the shape and dtype of ``x``.
+        What is seen: ``values`` [B, C] float32, the pooled outputs, with gradient; ``logits`` [B, K] float32, the
+        layer's own decision, with gradient; ``irrelevant`` [K, C] bool, the channels that both views find irrelevant to
+        a class; ``labels`` [B].
         """
-        if self.is_initializing():
-            mem.pool(x, self.pool)  # a wrong shape shows here, not in the first training step
-            shape = (self.num_classes, x.shape[-1])
-            self._decision_weights(shape)
-            for name in ("active", "inhibited"):
-                self.variable("activity_counters", name, jnp.zeros, shape, jnp.int32)
-            self.variable("activity_counters", "total", jnp.ones, shape[:1], jnp.int32)
-            self.variable("activity_counters", "step", jnp.zeros, (), jnp.int32)
-            return strict_threshold(x, self.tau)
-        labels, train = supervised(labels, train)
-        if labels is None or not (train or self.is_mutable_collection(RECORDS)):
-            return strict_threshold(x, self.tau)
-
-        stored = [stored_variable(self, "activity_counters", name) for name in Counters._fields]
-        counters = Counters(*[variable.value for variable in stored])
-        weights = self._decision_weights(counters.active.shape)  # observe says what does not fit the input
-        y, counters, record = observe(self, x, labels, weights, counters, train)
+        y, weights = strict_threshold(x, self.tau), state["decision_weights"]
+        values = pool(y)
+        logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
+        counters = {name: state[name] for name in ("active", "inhibited", "total")}
+        step = state["step"]
         if train:
-            for variable, value in zip(stored, counters, strict=True):
-                variable.value = value
-        self.sow(RECORDS, "aiec", record)
-        return y
+            step = (step + 1) % self.update_interval
+            counted = count_activity(values, logits, labels, self.axis_name)
+            counters = {
+                name: old + jnp.where(step == 0, new, 0)
+                for (name, old), new in zip(counters.items(), counted, strict=True)
+            }
+        # The sign of (active - inhibited) / total, of which the total is positive.
+        irrelevant = (counters["active"] <= counters["inhibited"]) & (weights <= 0)
+        seen = {"values": values, "logits": logits, "irrelevant": irrelevant, "labels": labels}
+        return y, {**counters, "step": step}, seen
 
-    def _decision_weights(self, shape: tuple[int, ...]) -> jax.Array:
-        return self.param("decision_weights", nn.initializers.xavier_uniform(), shape)
+    @staticmethod
+    def summarize(records: Sequence[Record]) -> Summary:
+        """The decisions' cross-entropy over layers and samples; the mean of a^2 over all masked entries."""
+        aux = gate = masked = Ratio.zero()
+        for record in records:
+            axis_name, values, logits = record.settings.axis_name, record.seen["values"], record.seen["logits"]
+            labelled = mem.valid_labels(record.seen["labels"], logits.shape[-1])
+            labels = jnp.where(labelled, record.seen["labels"], 0)
+            entropies = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            samples = jnp.sum(labelled, dtype=jnp.float32)
+            aux += Ratio(jnp.sum(jnp.where(labelled, entropies, 0.0)), samples).share(axis_name)
+            mask = consensus_mask(record)
+            count = jnp.sum(mask, dtype=jnp.float32)
+            total = jnp.sum(jnp.where(mask, jnp.square(values), 0.0))
+            gate += Ratio(total, count).share(axis_name)
+            masked += Ratio(count, samples * values.shape[-1]).share(axis_name)
+        return Summary(terms={"aux": aux, "gate": gate}, figures={"masked_fraction": masked})
 
 
-COUNTERS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "active": jnp.zeros_like,
-    "inhibited": jnp.zeros_like,
-    "total": jnp.ones_like,
-    "step": jnp.asarray,
-}
-"""AIEC's counters and what each becomes at a reset."""
+def consensus_mask(record: Record) -> jax.Array:
+    """The channels irrelevant to each sample's class, [L, B, C] bool of a record of L layers; False if unlabelled."""
+    return jax.vmap(mem.recall)(record.seen["irrelevant"], record.seen["labels"])
 
 
-def reset_counters(variables: Mapping[str, Any]) -> Any:
-    """AIEC's return to the start on entering evaluation: nothing active, nothing inhibited, totals of 1.
+def count_activity(
+    values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Over the samples that the layer itself classifies correctly, how often each channel was on and off.
 
     Args:
-        variables: what ``model.init`` returned or any part of it, such as the collection ``activity_counters``
-            alone; other variables, the steps and the decision weights among them, stay as they are.
+        values: [B, C], pooled activations, at least 0.
+        logits: [B, K].
+        labels: [B] integers; invalid ones are never classified correctly.
+        axis_name: the mapped axis over which the batch is spread, if any.
 
     Returns:
-        The same structure.
+        Active and inhibited, [K, C] int32, and total, [K] int32.
     """
-    if variables.keys() == COUNTERS.keys():
-        reset = {name: COUNTERS[name](leaf) for name, leaf in variables.items()}
-    else:
-        reset = {k: reset_counters(node) if isinstance(node, Mapping) else node for k, node in variables.items()}
-    same_mapping: Any = type(variables)  # a dict, or flax's FrozenDict
-    return same_mapping(reset)
+    correct = jnp.argmax(logits, axis=-1) == labels
+    classes = jnp.arange(logits.shape[-1])
+    members = (labels[:, None] == classes[None, :]) & correct[:, None]
+    # Zeros and ones are exact in every precision of the product, and so are their sums up to 2^24.
+    active = jnp.matmul(members.T.astype(jnp.float32), (values > 0).astype(jnp.float32)).astype(jnp.int32)
+    active, total = mem.sum_devices((active, jnp.sum(members, axis=0, dtype=jnp.int32)), axis_name)
+    return active, total[:, None] - active, total
+
+
+def strict_threshold(x: jax.Array, tau: float) -> jax.Array:
+    """The threshold of AIEC: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
+    return jnp.where(x <= tau, jnp.zeros((), x.dtype), x)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.penalties import RECORDS, Ratio, Summary, stack_alike
-from dpa_jax.activations.supervision import supervised
+from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
+from dpa_jax.activations.penalties import Ratio, Record, Summary
 from dpa_jax.activations.threshold import threshold
-from dpa_jax.checks import (
-    check_choice,
-    check_labels,
-    check_memory,
-    check_range,
-    stored_variable,
-)
+from dpa_jax.checks import check_choice, check_range
 
 CRITERIA = {
     "intersection": lambda forward, backward: forward & backward,
@@ -32,118 +25,7 @@ CRITERIA = {
 """How the two perspectives join (Table 3): whether the class is silent forward, unwanted backward, both, ..."""
 
 
-class DPARecord(struct.PyTreeNode):
-    """What one DPA saw in one call. Leading axes, as ``nn.scan`` adds them, are layers.
-
-    Attributes:
-        values: [B, C] float32, pooled pre-activations, with gradient.
-        forward: [B, C] float32, each sample's row of the forward memory before this batch.
-        backward: [B, C] float32, likewise of the backward memory.
-        labels: [B] int32.
-        update: bool scalar, whether this call updated the memories.
-    """
-
-    values: jax.Array
-    forward: jax.Array
-    backward: jax.Array
-    labels: jax.Array
-    update: jax.Array
-    num_classes: int = struct.field(pytree_node=False)
-    tau: float = struct.field(pytree_node=False)
-    momentum: float = struct.field(pytree_node=False)
-    criterion: str = struct.field(pytree_node=False)
-    axis_name: str | None = struct.field(pytree_node=False)
-
-    @staticmethod
-    def summarize(records: list[DPARecord]) -> Summary:
-        """The channel loss over all layers together: the mean of v^2 over all masked entries."""
-        channel = masked = Ratio.zero()
-        for group in stack_alike(records):
-            mask = joint_mask(group)
-            count = jnp.sum(mask, dtype=jnp.float32)
-            labelled = jnp.sum(mem.valid_labels(group.labels, group.num_classes), dtype=jnp.float32)
-            total = jnp.sum(jnp.where(mask, jnp.square(group.values), 0.0))
-            channel += Ratio(total, count).share(group.axis_name)
-            masked += Ratio(count, labelled * group.values.shape[-1]).share(group.axis_name)
-        return Summary(terms={"channel": channel}, masked=masked)
-
-
-def joint_mask(record: DPARecord) -> jax.Array:
-    """The channels that have nothing to do with each sample's class (the joint criterion).
-
-    Args:
-        record: one with a leading axis of L layers on every leaf.
-
-    Returns:
-        [L, B, C] bool, False for samples without a label.
-    """
-    values = jax.lax.stop_gradient(record.values)
-
-    def after_own_update():
-        prefix_means = functools.partial(mem.prefix_means, momentum=record.momentum, axis_name=record.axis_name)
-        rows = jax.vmap(prefix_means)(record.forward, values, record.labels)
-        return jnp.where(record.update[:, None, None], rows, record.forward)
-
-    # Most steps update nothing and skip the scan; a conditional for each layer would cost more than it saves.
-    forward = jax.lax.cond(jnp.any(record.update), after_own_update, lambda: record.forward)
-    joint = CRITERIA[record.criterion](forward < record.tau, record.backward < 0)
-    labelled = mem.valid_labels(record.labels, record.num_classes)
-    return joint & (values > record.tau) & labelled[:, :, None]
-
-
-class Memories(NamedTuple):
-    """A DPA's state: the memories, [K, C] float32, and the training calls modulo the interval, int32."""
-
-    forward: jax.Array
-    backward: jax.Array
-    step: jax.Array
-
-
-def observe(
-    act: DPA, x: jax.Array, labels: jax.Array, memories: Memories, train: bool
-) -> tuple[jax.Array, Memories, DPARecord]:
-    """DPA with labels, as a function of its state.
-
-    Args:
-        act: the settings.
-        x: pre-activations, of the shape that the pool takes.
-        labels: [B] integers.
-        memories: before this batch.
-        train: whether the memories are updated.
-
-    Returns:
-        The output, the memories after this batch (of which the backward one has yet to take its gradient)
-        and the record.
-    """
-    y, labels = threshold(x, act.tau), jnp.asarray(labels)
-    check_labels("DPA", x, labels)
-    for memory in (memories.forward, memories.backward):
-        check_memory("DPA", memory, act.num_classes, x.shape[-1])
-    values = mem.pool(x, act.pool)
-    record = DPARecord(
-        values=values,
-        forward=mem.recall(memories.forward, labels),
-        backward=mem.recall(jax.lax.stop_gradient(memories.backward), labels),
-        labels=labels,
-        update=jnp.zeros((), bool),
-        num_classes=act.num_classes,
-        tau=act.tau,
-        momentum=act.momentum,
-        criterion=act.criterion,
-        axis_name=act.axis_name,
-    )
-    if not train:
-        return y, memories, record
-    step = (memories.step + 1) % act.update_interval
-    update = step == 0
-    weights = mem.update_weights(labels, act.num_classes, act.momentum, act.axis_name)
-    y = mem.remember_gradient_signs(act.pool, y, memories.backward, weights, update)
-    forward = mem.update_memory(memories.forward, jax.lax.stop_gradient(values), weights)
-    forward = jnp.where(update, forward, memories.forward)
-    return y, Memories(forward, memories.backward, step), record.replace(update=update)
-
-
-class DPA(nn.Module):
+class DPA(Mechanism):
     """Dual-Perspective Activation: a threshold with two class-wise memories of its channels.
 
     The output is `threshold` of the input, always. In training, two memories follow what each class does
@@ -191,7 +73,8 @@ class DPA(nn.Module):
         momentum: weight of a new value in a memory, in [0, 1].
         update_interval: the memories are updated in every ``update_interval``-th training call.
         pool: how an input becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
-            over the middle axes of [B, ..., C], ``"none"`` for [B, C].
+            over the middle axes of [B, ..., C], ``"none"`` for [B, C], ``"auto"`` by the rank: none for [B, C], token
+            for [B, N, C], mean for all others. None: what the call says, else ``"token"``.
         criterion: which perspectives mask a channel: ``"intersection"`` (the method), ``"union"``, ``"forward"``,
             ``"backward"`` or ``"all"`` (DPA, Table 3).
         axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
@@ -207,50 +90,90 @@ class DPA(nn.Module):
     tau: float = 0.0
     momentum: float = 0.9
     update_interval: int = 5
-    pool: str = "token"
+    pool: str | None = None
     criterion: str = "intersection"
     axis_name: str | None = None
 
-    def __post_init__(self):
-        check_range("DPA", "num_classes", self.num_classes, low=1)
+    kept: ClassVar = {
+        "forward_memory": Variable("forward_memory", "mean"),
+        "step": Variable("forward_memory", "step", axes="", dtype=jnp.int32),
+        "backward_memory": Variable("backward_memory", "mean"),
+    }
+    coefficients: ClassVar = {"channel": 5.0}
+
+    def check(self) -> None:
+        """Raises ValueError for settings outside of their range."""
         check_range("DPA", "tau", self.tau, low=0)
         check_range("DPA", "momentum", self.momentum, low=0, high=1)
         check_range("DPA", "update_interval", self.update_interval, low=1)
-        check_choice("DPA", "pool", self.pool, mem.POOLS)
         check_choice("DPA", "criterion", self.criterion, CRITERIA)
-        super().__post_init__()
 
-    @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the threshold and, given labels, takes part in the penalty.
+    def plain(self, x: jax.Array) -> jax.Array:
+        """The threshold alone."""
+        return threshold(x, self.tau)
 
-        Args:
-            x: pre-activations, of the shape that ``pool`` takes; any floating dtype.
-            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
-                it the plain threshold and nothing else.
-            train: whether the memories are updated. Without, they are read for the penalty where
-                the call's ``mutable`` asks for it.
+    def observe(
+        self, x: jax.Array, labels: jax.Array, state: Mapping[str, jax.Array], train: bool, pool: Pool
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """As `Mechanism.observe`. What is seen are rows [B, C] float32 and labels [B].
 
-        Returns:
-            Array of the shape and dtype of ``x``.
+        ``values`` are the pooled inputs, with gradient; ``forward`` and ``backward`` each sample's rows of the memories
+        before this batch; ``update`` is a bool scalar, whether this call updates the memories.
         """
-        if self.is_initializing():
-            mem.pool(x, self.pool)  # a wrong shape shows here, not in the first training step
-            shape = (self.num_classes, x.shape[-1])
-            self.variable("forward_memory", "mean", jnp.zeros, shape, jnp.float32)
-            self.variable("forward_memory", "step", jnp.zeros, (), jnp.int32)
-            self.variable("backward_memory", "mean", jnp.zeros, shape, jnp.float32)
-            return threshold(x, self.tau)
-        labels, train = supervised(labels, train)
-        if labels is None or not (train or self.is_mutable_collection(RECORDS)):
-            return threshold(x, self.tau)
+        y, values = threshold(x, self.tau), pool(x)
+        seen = {
+            "values": values,
+            "forward": mem.recall(state["forward_memory"], labels),
+            "backward": mem.recall(jax.lax.stop_gradient(state["backward_memory"]), labels),
+            "labels": labels,
+            "update": jnp.zeros((), bool),
+        }
+        if not train:
+            return y, {}, seen
+        step = (state["step"] + 1) % self.update_interval
+        update = step == 0
+        weights = mem.update_weights(labels, self.num_classes, self.momentum, self.axis_name)
+        y = mem.remember_gradient(
+            functools.partial(mem.sign_update, pool), y, state["backward_memory"], weights, update
+        )
+        forward = mem.update_memory(state["forward_memory"], jax.lax.stop_gradient(values), weights)
+        forward = jnp.where(update, forward, state["forward_memory"])
+        return y, {"forward_memory": forward, "step": step}, seen | {"update": update}
 
-        forward = stored_variable(self, "forward_memory", "mean")
-        backward = stored_variable(self, "backward_memory", "mean")
-        step = stored_variable(self, "forward_memory", "step")
-        memories = Memories(forward.value, backward.value, step.value)
-        y, memories, record = observe(self, x, labels, memories, train)
-        if train:
-            forward.value, step.value = memories.forward, memories.step
-        self.sow(RECORDS, "dpa", record)
-        return y
+    @staticmethod
+    def summarize(records: Sequence[Record]) -> Summary:
+        """The channel loss over all layers together: the mean of v^2 over all masked entries."""
+        channel = masked = Ratio.zero()
+        for record in records:
+            act, values, labels = record.settings, record.seen["values"], record.seen["labels"]
+            mask = joint_mask(record)
+            count = jnp.sum(mask, dtype=jnp.float32)
+            labelled = jnp.sum(mem.valid_labels(labels, act.num_classes), dtype=jnp.float32)
+            total = jnp.sum(jnp.where(mask, jnp.square(values), 0.0))
+            channel += Ratio(total, count).share(act.axis_name)
+            masked += Ratio(count, labelled * values.shape[-1]).share(act.axis_name)
+        return Summary(terms={"channel": channel}, figures={"masked_fraction": masked})
+
+
+def joint_mask(record: Record) -> jax.Array:
+    """The channels that have nothing to do with each sample's class (the joint criterion).
+
+    Args:
+        record: a DPA's, with a leading axis of L layers on every array.
+
+    Returns:
+        [L, B, C] bool, False for samples without a label.
+    """
+    act, seen = record.settings, record.seen
+    values = jax.lax.stop_gradient(seen["values"])
+
+    def after_own_update():
+        prefix_means = functools.partial(mem.prefix_means, momentum=act.momentum, axis_name=act.axis_name)
+        rows = jax.vmap(prefix_means)(seen["forward"], values, seen["labels"])
+        return jnp.where(seen["update"][:, None, None], rows, seen["forward"])
+
+    # Most steps update nothing and skip the scan; a conditional for each layer would cost more than it saves.
+    forward = jax.lax.cond(jnp.any(seen["update"]), after_own_update, lambda: seen["forward"])
+    joint = CRITERIA[act.criterion](forward < act.tau, seen["backward"] < 0)
+    labelled = mem.valid_labels(seen["labels"], act.num_classes)
+    return joint & (values > act.tau) & labelled[:, :, None]

@@ -18,6 +18,7 @@ device holds B samples of a global batch, which is the devices' batches one afte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,16 +26,18 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-POOLS = ("token", "mean", "none")
+POOLS = ("token", "mean", "none", "auto")
 
 
-def pool(x: jax.Array, how: str) -> jax.Array:
+def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
     """One float32 vector per sample.
 
     Args:
         x: [B, N, C] for ``"token"`` (the first token), [B, ..., C] for ``"mean"`` (over every axis between
-            batch and channels), [B, C] for ``"none"``.
+            batch and channels), [B, C] for ``"none"``. ``"auto"`` goes by the rank: none for [B, C], token for
+            [B, N, C], mean for all others.
         how: one of `POOLS`.
+        rows_per_sample: R, where ``x`` has B * R rows: it is then taken as [B, R, ...].
 
     Returns:
         [B, C] float32.
@@ -42,6 +45,10 @@ def pool(x: jax.Array, how: str) -> jax.Array:
     Raises:
         ValueError: if the rank of ``x`` does not fit the pool.
     """
+    if rows_per_sample > 1:
+        x = x.reshape(-1, rows_per_sample, *x.shape[1:])
+    if how == "auto":
+        how = {2: "none", 3: "token"}.get(x.ndim, "mean")
     if how == "token" and x.ndim == 3:
         pooled = x[:, 0]
     elif how == "mean" and x.ndim >= 3:
@@ -215,40 +222,55 @@ def prefix_rows(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def remember_gradient_signs(
-    how: str, y: jax.Array, memory: jax.Array, weights: UpdateWeights, update: jax.Array
-) -> jax.Array:
+def remember_gradient(update: Callable[..., Any], y: jax.Array, memory: Any, *arguments: Any) -> jax.Array:
     """The identity on ``y``; the gradient with respect to ``memory`` is the memory's update.
 
-    The cotangent of ``memory`` is ``new - old``, where new has taken in the sign of the pooled gradient of every
-    sample (+1 where it is positive, else -1; DPA, section 3). Being a delta, a branch that is not run or a
-    stopped gradient leaves the memory alone, and two uses of one memory add up.
-
-    On the devices of the weights' axis the cotangent is the global batch's, and the same everywhere: neither a sum
-    nor a mean over devices is due, and a mean does no harm. (``shard_map`` itself sums a replicated input's cotangents
-    where they differ between devices; this one is a sum already, and of a type that says so.)
+    The cotangent of ``memory`` is ``update(gradient of y, memory, *arguments)``, which is the new memory minus the old
+    one. Being a difference, a branch that is not run or a stopped gradient leaves the memory alone, and two uses of
+    one memory add up.
 
     Args:
-        how: the pool, one of `POOLS`.
-        y: the activation's output, of a shape that the pool takes.
-        memory: [K, C] float32, the backward memory.
-        weights: `update_weights` of the batch's labels.
-        update: bool scalar; False makes the update zero.
+        update: makes the difference, of the memory's shapes and dtypes.
+        y: the activation's output.
+        memory: a float array, or a pytree of them.
+        *arguments: pytrees of arrays that ``update`` needs; no gradient reaches them.
     """
-    del how, memory, weights, update
+    del update, memory, arguments
     return y
 
 
-def _remember_forward(how, y, memory, weights, update):
-    del how
-    return y, (memory, weights, update)
+def _remember_forward(update, y, memory, *arguments):
+    del update
+    return y, (memory, arguments)
 
 
-def _remember_backward(how, residuals, grad_y):
-    memory, weights, update = residuals
-    signs = jnp.where(pool(grad_y, how) > 0, 1.0, -1.0)
-    delta = update_memory(memory, signs, weights) - memory
-    return grad_y, jnp.where(update, delta, 0.0), None, None
+def _remember_backward(update, residuals, grad_y):
+    memory, arguments = residuals
+    return grad_y, update(grad_y, memory, *arguments), *[None] * len(arguments)
 
 
-remember_gradient_signs.defvjp(_remember_forward, _remember_backward)
+remember_gradient.defvjp(_remember_forward, _remember_backward)
+
+
+def sign_update(
+    pool: Callable[[jax.Array], jax.Array], grad_y: jax.Array, memory: jax.Array, weights: UpdateWeights, due: jax.Array
+) -> jax.Array:
+    """How a backward memory changes when it has taken in the signs of the pooled gradients (DPA, section 3).
+
+    A sign is +1 where the gradient is positive, else -1. On the devices of the weights' axis the result is the global
+    batch's, and the same everywhere: neither a sum nor a mean over devices is due, and a mean does no harm.
+    (``shard_map`` itself sums a replicated input's cotangents where they differ between devices; this one is a sum
+    already, and of a type that says so.)
+
+    Args:
+        pool: makes one vector per sample, [B, C].
+        grad_y: the gradient of the loss with respect to the activation's output.
+        memory: [K, C] float32.
+        weights: `update_weights` of the batch's labels.
+        due: bool scalar; False makes the change zero.
+
+    Returns:
+        [K, C] float32, the new memory minus the old one.
+    """
+    signs = jnp.where(pool(grad_y) > 0, 1.0, -1.0)
+    return jnp.where(due, update_memory(memory, signs, weights) - memory, 0.0)

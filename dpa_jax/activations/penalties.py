@@ -1,14 +1,13 @@
-"""From what the modules of a model recorded during one call to the penalties of its loss.
+"""From what the modules of a model saw during one call to the penalties of its loss.
 
-A module sows a *record* of what it saw. Records hold per-sample values of all layers, so that sums and counts
-are taken once over the whole model: a mean over layers is exact, and a sharded batch costs few reductions.
-A record class adds a mechanism: it has ``summarize(records) -> Summary``.
+A mechanism records what it saw. Records hold values of all samples, so that sums and counts are taken once over the
+whole model: a mean over layers is exact, and a sharded batch costs few reductions.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 RECORDS = "penalty_records"
-"""The collection that modules sow into. It lives for one call and is never carried to the next."""
-
-MUTABLE = ("forward_memory", "response_memory", "activity_counters", RECORDS)
-"""The collections to pass to ``apply`` as ``mutable=``."""
-
-COLLECTIONS = (*MUTABLE, "backward_memory")
-"""Every collection of the mechanisms, as ``nn.scan`` and ``nn.vmap`` want them in ``variable_axes``."""
+"""The collection of records. Those of an earlier call are dropped where they come in with a model's variables."""
 
 
 @struct.dataclass
@@ -60,50 +53,60 @@ class Ratio:
         return jnp.mean(self.total / jnp.maximum(self.count, 1.0))
 
 
+class Record(struct.PyTreeNode):
+    """What one mechanism saw in one call.
+
+    Attributes:
+        settings: the mechanism, unbound.
+        seen: the pytree of arrays that its ``observe`` returned.
+        mark: float32 zero. The axes that ``nn.scan`` or ``nn.vmap`` put in front of every array show here.
+    """
+
+    settings: Any = struct.field(pytree_node=False)
+    seen: Any
+    mark: jax.Array
+
+
 @struct.dataclass
 class Summary:
     """What the records of one call amount to.
 
     Attributes:
-        terms: {penalty's name: Ratio}.
-        masked: masked (sample, channel) entries and all of them; None where nothing masks.
+        terms: {penalty: Ratio}, what may be added to a loss.
+        figures: {name: Ratio}, what is only reported, such as ``masked_fraction``.
     """
 
-    terms: dict[str, Ratio]
-    masked: Ratio | None = None
+    terms: dict[str, Ratio] = struct.field(default_factory=dict)
+    figures: dict[str, Ratio] = struct.field(default_factory=dict)
 
     def penalties(self) -> dict[str, jax.Array]:
-        """{name: float32 scalar}."""
+        """{penalty: float32 scalar}."""
         return {name: ratio.value() for name, ratio in self.terms.items()}
 
 
 def summarize(mutated: Mapping[str, Any]) -> Summary:
-    """Sums and counts of every penalty, from the collections that ``model.apply(..., mutable=MUTABLE)`` returned.
+    """Sums and counts of every penalty and figure, from what ``model.apply(..., mutable=dpa_jax.MUTABLE)`` returned.
 
     Args:
         mutated: the second result of ``apply``; a model without records gives an empty summary.
     """
-    records = jax.tree.leaves(mutated.get(RECORDS, {}), is_leaf=lambda node: hasattr(node, "summarize"))
-    summary = Summary(terms={})
-    for kind in dict.fromkeys(type(record) for record in records):
-        part = kind.summarize([record for record in records if type(record) is kind])
-        masked = summary.masked
-        if part.masked is not None:
-            masked = part.masked if masked is None else masked + part.masked
-        summary = Summary(terms={**summary.terms, **part.terms}, masked=masked)
-    return summary
+    leaves = jax.tree.leaves(mutated.get(RECORDS, {}), is_leaf=lambda node: isinstance(node, Record))
+    records = [leaf for leaf in leaves if isinstance(leaf, Record)]
+    terms: dict[str, Ratio] = {}
+    figures: dict[str, Ratio] = {}
+    for mechanism in dict.fromkeys(type(record.settings) for record in records):
+        part = mechanism.summarize(stack_alike([r for r in records if type(r.settings) is mechanism]))
+        for ours, its in ((terms, part.terms), (figures, part.figures)):
+            for name, ratio in its.items():
+                ours[name] = ours[name] + ratio if name in ours else ratio
+    return Summary(terms, figures)
 
 
-def stack_alike(records: list[Any]) -> list[Any]:
-    """Records of equal shapes and settings along one leading axis, so that one look serves all layers.
-
-    Args:
-        records: of one class, with a field ``labels`` [B]; axes in front of it, on every leaf, are those that
-            ``nn.scan`` or ``nn.vmap`` added.
-    """
+def stack_alike(records: Sequence[Record]) -> list[Record]:
+    """Records of equal shapes and settings along one leading axis, so that one look serves all layers."""
     groups = defaultdict(list)
     for record in records:
-        lifted = record.labels.ndim - 1
+        lifted = record.mark.ndim
         layers = jax.tree.map(lambda leaf, n=lifted: leaf.reshape(-1, *leaf.shape[n:]), record)
         leaves, structure = jax.tree.flatten(layers)
         groups[tuple(leaf.shape[1:] for leaf in leaves), structure].append(layers)
@@ -118,8 +121,8 @@ def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
 
     Returns:
         {name: float32 scalar}: ``"channel"`` where the model has `DPA`, ``"arr"`` where it has `ARR`, ``"aux"``
-        and ``"gate"`` where it has `AIEC`. Empty if no module recorded anything: no labels were given, or
-        the collections were not mutable. Of modules with an ``axis_name``, each device's share: the mean over
-        the devices is the global batch's penalty.
+        and ``"gate"`` where it has `AIEC`, and those of your own mechanisms. Empty if no module recorded anything: no
+        labels were given, or the collections were not mutable. Of modules with an ``axis_name``, each device's share:
+        the mean over the devices is the global batch's penalty.
     """
     return summarize(mutated).penalties()

@@ -1,17 +1,20 @@
-"""Activations by name."""
+"""Activations by name, and what follows from the mechanisms among them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from dpa_jax.activations.aiec import AIEC
+from dpa_jax.activations.arr import ARR
 from dpa_jax.activations.baselines import ELU, GDN, Elementwise, LeakyReLU, LearnableSwish, PReLU
 from dpa_jax.activations.dpa import DPA
+from dpa_jax.activations.mechanism import Mechanism, Variable
+from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.activations.raa import RAA
 from dpa_jax.checks import check_choice
 
@@ -133,3 +136,64 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     if not callable(factory):
         raise TypeError(f"register: factory must be a module class or another callable; got {factory!r}")
     ACTIVATIONS[name] = factory
+
+
+def mechanisms() -> list[type[Mechanism]]:
+    """`ARR`, which is no activation, and every mechanism that is an activation by name."""
+    named = [getattr(factory, "func", factory) for factory in ACTIVATIONS.values()]
+    return list(dict.fromkeys([ARR, *(m for m in named if isinstance(m, type) and issubclass(m, Mechanism))]))
+
+
+def mutable_collections() -> tuple[str, ...]:
+    """`dpa_jax.MUTABLE`: the collections to pass to ``apply`` as ``mutable=``."""
+    gradients = ("params", "backward_memory")  # whose updates are gradients
+    return (*dict.fromkeys(v.collection for v in _kept() if v.collection not in gradients), RECORDS)
+
+
+def collections() -> tuple[str, ...]:
+    """`dpa_jax.COLLECTIONS`: those and ``backward_memory``, as ``nn.scan`` and ``nn.vmap`` want them."""
+    return (*mutable_collections(), "backward_memory")
+
+
+def default_coefficients() -> dict[str, float]:
+    """{penalty: its default weight in a loss} of every mechanism; these are the papers' for CIFAR-100."""
+    return {name: value for mechanism in mechanisms() for name, value in mechanism.coefficients.items()}
+
+
+def reset_counters(variables: Mapping[str, Any]) -> Any:
+    """The return to the start on entering evaluation: of AIEC's counters, and of what else has ``resets`` set.
+
+    Args:
+        variables: what ``model.init`` returned or any part of it, such as the collection ``activity_counters``
+            alone; other variables, the steps and the decision weights among them, stay as they are.
+
+    Returns:
+        The same structure.
+    """
+    groups: dict[str, list[dict[str, Variable]]] = {}
+    for mechanism in mechanisms():
+        for collection in {v.collection for v in mechanism.kept.values() if v.resets}:
+            kept = {v.name: v for v in mechanism.kept.values() if v.collection == collection}
+            groups.setdefault(collection, []).append(kept)
+
+    def reset(node: Mapping[str, Any], collection: str | None) -> Any:
+        among = groups.get(collection, []) if collection else [kept for some in groups.values() for kept in some]
+        kept = next((kept for kept in among if kept.keys() == node.keys()), {})
+        new = {}
+        for name, child in node.items():
+            if isinstance(child, Mapping):
+                new[name] = reset(child, collection or (name if name in known else None))
+            elif name in kept and kept[name].resets:
+                new[name] = kept[name].start(None, child.shape, child.dtype)
+            else:
+                new[name] = child
+        same_mapping: Any = type(node)  # a dict, or flax's FrozenDict
+        return same_mapping(new)
+
+    known = {"params", *collections()}
+    return reset(variables, None)
+
+
+def _kept() -> Iterator[Variable]:
+    for mechanism in mechanisms():
+        yield from mechanism.kept.values()

@@ -79,7 +79,7 @@ def make_train_step(
             **{f"loss_{name}": term for name, term in terms.items()},
             "top1": _top1(logits, labels),
             "gradient_norm": optax.tree.norm(gradients),
-            **({} if summary.masked is None else {"masked_fraction": summary.masked.value()}),
+            **{name: ratio.value() for name, ratio in summary.figures.items()},
         }
         return state.replace(
             step=state.step + 1,

@@ -29,17 +29,17 @@ def make_step(act, head=None, coefficients=(1.0, 200.0)):
 
         (grads, grad_x), out = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(variables["params"], x)
         mutated = out.pop("mutated")
-        (record,) = mutated[RECORDS]["aiec"]
+        (record,) = mutated[RECORDS]["record"].records
         summary = dpa_jax.summarize(mutated)
         terms = {f"loss_{name}": value for name, value in summary.penalties().items()}
         return {
             **out,
             **terms,
-            "masked": summary.masked.value(),
+            "masked": summary.figures["masked_fraction"].value(),
             "grad_x": grad_x,
             "grad_decision_weights": grads["decision_weights"],
-            "logits": record.logits,
-            "correct": jnp.argmax(record.logits, -1) == labels,
+            "logits": record.seen["logits"],
+            "correct": jnp.argmax(record.seen["logits"], -1) == labels,
             "mask": consensus_mask(jax.tree.map(lambda leaf: leaf[None], record))[0],
             "counters": mutated["activity_counters"],
         }
@@ -231,7 +231,7 @@ def test_reset_keeps_a_frozen_dict_frozen():
         ({"num_classes": 0}, "AIEC: num_classes must be at least 1; got 0"),
         ({"tau": -0.1}, "AIEC: tau must be at least 0; got -0.1"),
         ({"update_interval": 0}, "AIEC: update_interval must be at least 1; got 0"),
-        ({"pool": "means"}, "AIEC: pool must be one of token, mean, none; got 'means'. Did you mean 'mean'"),
+        ({"pool": "means"}, "AIEC: pool must be one of token, mean, none, auto; got 'means'. Did you mean 'mean'"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

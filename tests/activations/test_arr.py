@@ -176,7 +176,7 @@ def test_without_labels_it_is_the_identity_and_needs_no_memory():
         ({"num_classes": 0}, "ARR: num_classes must be at least 1; got 0"),
         ({"momentum": -0.5}, r"ARR: momentum must be in \[0, 1\]; got -0.5"),
         ({"update_interval": 0}, "ARR: update_interval must be at least 1; got 0"),
-        ({"pool": "max"}, "ARR: pool must be one of token, mean, none; got 'max'"),
+        ({"pool": "max"}, "ARR: pool must be one of token, mean, none, auto; got 'max'"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

@@ -74,7 +74,7 @@ def make_step(model, mean_loss=lambda loss: loss, mean_gradients=lambda gradient
             penalties = dpa_jax.penalties(mutated)
             loss = jnp.mean(jnp.square(y - jnp.roll(x, 1, axis=1)))
             loss += sum(COEFFICIENTS[name] * penalty for name, penalty in penalties.items())
-            masked = dpa_jax.summarize(mutated).masked
+            masked = dpa_jax.summarize(mutated).figures["masked_fraction"]
             return mean_loss(loss), (mutated, y, penalties, masked)
 
         gradients_of = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)

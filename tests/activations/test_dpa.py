@@ -39,7 +39,7 @@ def train_call(act, variables, x, head, labels, coefficient=5.0):
         "forward_memory": mutated["forward_memory"],
         "backward_memory": optax.apply_updates(variables["backward_memory"], update),
     }
-    record = jax.tree.map(lambda leaf: leaf[None], mutated[RECORDS]["dpa"][0])
+    record = jax.tree.map(lambda leaf: leaf[None], mutated[RECORDS]["record"].records[0])
     return new, grad_x, (y, ce, penalty), joint_mask(record)[0]
 
 
@@ -254,7 +254,7 @@ def test_a_module_used_twice_adds_its_two_updates():
     alone = {name: value["act"] for name, value in variables.items()}
     once, _ = update_of(dpa_jax.DPA(K, update_interval=1, pool="none"), alone, x)
     np.testing.assert_allclose(both["act"]["mean"], 2 * once["mean"], rtol=1e-6)
-    assert len(mutated[RECORDS]["act"]["dpa"]) == 2
+    assert len(mutated[RECORDS]["act"]["record"].records) == 2
 
 
 def test_an_unused_output_leaves_the_backward_memory_alone():
@@ -281,7 +281,7 @@ def test_an_unused_output_leaves_the_backward_memory_alone():
         ({"momentum": -0.1}, r"momentum must be in \[0, 1\]; got -0.1"),
         ({"update_interval": 0}, "update_interval must be at least 1; got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1; got 0"),
-        ({"pool": "tokens"}, "pool must be one of token, mean, none; got 'tokens'. Did you mean 'token'"),
+        ({"pool": "tokens"}, "pool must be one of token, mean, none, auto; got 'tokens'. Did you mean 'token'"),
         (
             {"criterion": "both"},
             "criterion must be one of intersection, union, forward, backward, all; got 'both'",

@@ -189,4 +189,4 @@ def test_penalties_are_means_over_layers_and_mechanisms_keep_apart():
     valid = (labels >= 0).sum()
     positive = ((x > 0) & (labels >= 0)[:, None]).sum()
     expected = (positive + sum(map(len, masked))) / (valid * (C + C + 4))
-    np.testing.assert_allclose(summary.masked.value(), expected, rtol=1e-6)
+    np.testing.assert_allclose(summary.figures["masked_fraction"].value(), expected, rtol=1e-6)

@@ -1,0 +1,272 @@
+"""The shape that all mechanisms have, and the linen module that runs any of them.
+
+A mechanism is settings, the variables that it keeps, the penalties that it may add to a loss, and three functions:
+`Mechanism.plain`, `Mechanism.observe` and `Mechanism.summarize`. `Mechanism` does everything else for linen and
+`dpa_jax.nnx.Stateful` for NNX: they make the variables, take labels from `supervise`, check shapes, write memories back
+and hand out what was seen to `dpa_jax.penalties`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.linen import module as linen_module
+
+from dpa_jax.activations import memory as mem
+from dpa_jax.activations.penalties import RECORDS, Record, Summary
+from dpa_jax.activations.supervision import supervised
+from dpa_jax.checks import check_choice, check_labels, check_range
+
+Pool = Callable[[jax.Array], jax.Array]
+"""From an array of the input's shape to one float32 vector per sample, [B, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """A variable that a mechanism keeps.
+
+    Attributes:
+        collection: ``"params"`` for what is learned, ``"backward_memory"`` for what its own gradient updates
+            (`dpa_jax.activations.memory.remember_gradient`), any other name for what `Mechanism.observe` returns anew.
+        name: its name in the collection.
+        axes: its shape in letters, ``"K"`` for the classes, ``"C"`` for the channels; ``""`` for a scalar.
+        dtype: its dtype.
+        start: the initializer, called as ``start(key, shape, dtype)``; the key is None outside of ``params``.
+        resets: whether `dpa_jax.reset_counters` returns it to its start.
+    """
+
+    collection: str
+    name: str
+    axes: str = "KC"
+    dtype: Any = jnp.float32
+    start: Callable[..., jax.Array] = nn.initializers.zeros
+    resets: bool = False
+
+    def shape(self, num_classes: int, channels: int) -> tuple[int, ...]:
+        """Its shape for K classes and C channels."""
+        return tuple({"K": num_classes, "C": channels}[axis] for axis in self.axes)
+
+
+class Mechanism(nn.Module):
+    """Base class of `DPA`, `ARR`, `AIEC` and of your own: ``docs/own_mechanism.md`` writes one.
+
+    A subclass declares its settings as attributes, as any linen module does. ``num_classes``, ``pool`` and
+    ``axis_name`` are known here: declare those that it has. It sets the class attributes below and writes `plain`,
+    `observe`, `summarize` and, where settings can be wrong, `check`: functions of their arguments and the settings,
+    which make no variables and no submodules.
+
+    Class attributes:
+        kept: {key: `Variable`}, what it keeps. The keys are those of `observe`'s state, and attributes in NNX.
+        coefficients: {penalty: its default weight in a loss}, for every penalty that `summarize` may return.
+        class_wise: whether it needs labels. Without labels a class-wise mechanism is its plain function.
+    """
+
+    kept: ClassVar[Mapping[str, Variable]] = {}
+    coefficients: ClassVar[Mapping[str, float]] = {}
+    class_wise: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any):
+        for name in ("check", "plain", "observe"):
+            if name in vars(cls):
+                nn.nowrap(vars(cls)[name])  # functions of the settings: flax need not name or trace them
+        super().__init_subclass__(**options)
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        if hasattr(self, "num_classes"):
+            check_range(owner, "num_classes", self.num_classes, low=1)
+        if getattr(self, "pool", None) is not None:
+            check_choice(owner, "pool", self.pool, mem.POOLS)
+        self.check()
+        super().__post_init__()
+
+    def check(self) -> None:
+        """Raises ValueError for settings outside of their range."""
+
+    def plain(self, x: jax.Array) -> jax.Array:
+        """The activation alone, as inference has it: [...] -> [...]."""
+        raise NotImplementedError
+
+    def observe(
+        self, x: jax.Array, labels: Any, state: Mapping[str, jax.Array], train: bool, pool: Pool
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """The activation with its state.
+
+        Args:
+            x: the input, [B, ..., C], or [B * R, ..., C] where R rows belong to a sample.
+            labels: [B] integers, -1 for samples without one; None only where the mechanism is not class-wise.
+            state: {key of ``kept``: array}, before this batch.
+            train: whether the state is updated.
+            pool: makes one float32 vector per sample, [B, C], of anything of ``x``'s shape.
+
+        Returns:
+            The output; {key: new array} of what changes, without ``params`` and ``backward_memory``; and a pytree
+            of arrays for `summarize`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def summarize(records: Sequence[Record]) -> Summary:
+        """What all modules of this class saw in one call of the model, summed up.
+
+        Args:
+            records: those of equal shapes and settings as one, with a leading axis of layers on each array of
+                ``record.seen``; ``record.settings`` is the mechanism.
+        """
+        del records
+        return Summary()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        train: bool = False,
+        *,
+        pool: str | None = None,
+        rows_per_sample: int = 1,
+    ) -> jax.Array:
+        """Applies the activation and, given labels, takes part in the penalties.
+
+        Args:
+            x: [B, ..., C], of a rank that the pool takes; any floating dtype.
+            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
+                it the plain activation and nothing else.
+            train: whether the state is updated. Without, it is read for the penalties where the call's ``mutable``
+                asks for them.
+            pool: as the attribute, where that is not set.
+            rows_per_sample: R, where ``x`` has B * R rows, R after each other for each sample.
+
+        Returns:
+            Array of the shape and dtype of ``x``.
+
+        Raises:
+            ValueError: for labels, inputs or memories whose shapes do not fit, a collection that is missing, or a pool
+                that both the attribute and the call name.
+        """
+        how = self.pool_of(pool, rows_per_sample)
+        if self.is_initializing():
+            how(x)  # a wrong shape shows here, not in the first training step
+            for variable in self.kept.values():
+                shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
+                if variable.collection == "params":
+                    self.param(variable.name, variable.start, shape, variable.dtype)
+                else:
+                    self.variable(variable.collection, variable.name, variable.start, None, shape, variable.dtype)
+            return self.plain(x)
+
+        stored: dict[str, nn.Variable] = {}
+
+        def read() -> dict[str, jax.Array]:
+            for key, variable in self.kept.items():
+                if not self.has_variable(variable.collection, variable.name):
+                    raise ValueError(
+                        f"{type(self).__name__} {'/'.join(self.path)!r}: {variable.collection!r} is missing from the "
+                        "variables. Pass every collection that model.init returned to model.apply."
+                    )
+                stored[key] = self.variable(variable.collection, variable.name, None)
+            return {key: variable.value for key, variable in stored.items()}
+
+        recording = self.is_mutable_collection(RECORDS)
+        y, new, record = self.call(x, labels, train, recording, read, how, rows_per_sample)
+        for key, value in new.items():
+            stored[key].value = value
+        if record is not None and recording:
+            self._record(record)
+        return y
+
+    @nn.nowrap
+    def pool_of(self, pool: str | None, rows_per_sample: int) -> Pool:
+        """The pool of a call: the attribute's or the call's, ``"token"`` where neither says."""
+        attribute = getattr(self, "pool", None)
+        if pool is not None:
+            check_choice(type(self).__name__, "pool", pool, mem.POOLS)
+        unsaid = attribute is None and pool is None
+        how = "token" if unsaid else nn.merge_param("pool", attribute, pool)
+        check_range(type(self).__name__, "rows_per_sample", rows_per_sample, low=1)
+        return functools.partial(mem.pool, how=how, rows_per_sample=rows_per_sample)
+
+    @nn.nowrap
+    def call(
+        self,
+        x: jax.Array,
+        labels: jax.Array | None,
+        train: bool,
+        recording: bool,
+        read: Callable[[], dict[str, jax.Array]],
+        pool: Pool,
+        rows_per_sample: int,
+    ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
+        """One call, whoever keeps the state: `plain`, or `observe` with everything checked.
+
+        Args:
+            x: as `__call__` has it.
+            labels: likewise.
+            train: likewise.
+            recording: whether somebody wants the record.
+            read: () -> the state, {key of ``kept``: array}.
+            pool: of `pool_of`.
+            rows_per_sample: as `__call__` has it.
+
+        Returns:
+            The output; {key: new array} of the state that has changed; the record, None of a plain call.
+        """
+        labels, train = supervised(labels, train)
+        if (labels is None and self.class_wise) or not (train or recording):
+            return self.plain(x), {}, None
+        owner, state = type(self).__name__, read()
+        if x.shape[0] % rows_per_sample:
+            raise ValueError(f"{owner}: {rows_per_sample} rows per sample do not divide the input's {x.shape[0]}")
+        if labels is not None:
+            labels = jnp.asarray(labels)
+            check_labels(owner, x, labels, rows_per_sample)
+        for key, variable in self.kept.items():
+            shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
+            if state[key].shape != shape:
+                raise ValueError(
+                    f"{owner}: an input of {x.shape[-1]} channels needs a memory of shape {shape}; "
+                    f"the one given has {state[key].shape}"
+                )
+        y, new, seen = self.observe(x, labels, state, train, pool)
+        settings = self.clone(parent=None, name=None)
+        return y, new if train else {}, Record(settings, seen, jnp.zeros(()))
+
+    def _record(self, record: Record) -> None:
+        """Adds the record to those of this call of the model, and drops those of an earlier call."""
+        model = weakref.ref(outermost_module())
+        earlier = self.get_variable(RECORDS, "record") if self.has_variable(RECORDS, "record") else None
+        records = earlier.records if earlier is not None and earlier.call.model() is model() else ()
+        self.put_variable(RECORDS, "record", _Recorded((*records, record), _Call(model)))
+
+
+def outermost_module() -> nn.Module:
+    """The module whose ``apply`` is running. Flax makes it anew for each ``apply``, and keeps it nowhere public."""
+    return next(module for module in linen_module._context.module_stack if module is not None)
+
+
+class _Call:
+    """Which ``apply`` records were made in. Equal to any other: it must not make JAX compile anew."""
+
+    def __init__(self, model: weakref.ref[nn.Module]):
+        self.model = model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Call)
+
+    def __hash__(self) -> int:
+        return hash(_Call)
+
+
+class _Recorded(struct.PyTreeNode):
+    """The records of one module in one call of the model, one for each time that the module was called."""
+
+    records: tuple[Record, ...]
+    call: _Call = struct.field(pytree_node=False)
