@@ -154,7 +154,8 @@ class Mechanism(nn.Module):
         """
         how = self.pool_of(pool, rows_per_sample)
         if self.is_initializing():
-            how(x)  # a wrong shape shows here, not in the first training step
+            if hasattr(self, "pool"):
+                how(x)  # a wrong shape shows here, not in the first training step
             for variable in self.kept.values():
                 shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
                 if variable.collection == "params":
@@ -219,7 +220,9 @@ class Mechanism(nn.Module):
         Returns:
             The output; {key: new array} of the state that has changed; the record, None of a plain call.
         """
+        asked = train and not self.class_wise  # what needs no labels need not wait for `supervise`
         labels, train = supervised(labels, train)
+        train = train or asked
         if (labels is None and self.class_wise) or not (train or recording):
             return self.plain(x), {}, None
         owner, state = type(self).__name__, read()

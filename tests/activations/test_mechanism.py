@@ -1,0 +1,317 @@
+"""What all mechanisms share: pools, rows, records that are fed back, and mechanisms of one's own."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import dpa_jax
+import dpa_jax.nnx
+from dpa_jax.activations import Mechanism, Ratio, Summary, Variable, registry
+from dpa_jax.activations.mechanism import outermost_module
+from dpa_jax.activations.penalties import RECORDS
+
+K, C, B = 4, 6, 12
+MECHANISMS = {
+    "dpa": lambda **options: dpa_jax.DPA(K, update_interval=1, criterion="all", **options),
+    "arr": lambda **options: dpa_jax.ARR(K, **options),
+    "aiec": lambda **options: dpa_jax.AIEC(K, update_interval=1, **options),
+}
+
+
+def batch(seed, *shape):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(B, *shape, C)).astype(np.float32), rng.integers(-1, K, B).astype(np.int32)
+
+
+def train_call(act, variables, x, labels, **options):
+    """The output, the penalties, the new state and the gradients of a training call."""
+
+    @jax.jit
+    def call(variables, x):
+        def loss_fn(x, backward_memory):
+            learned = {"backward_memory": backward_memory} if backward_memory else {}
+            y, mutated = act.apply({**variables, **learned}, x, labels, train=True, mutable=dpa_jax.MUTABLE, **options)
+            terms = dpa_jax.penalties(mutated)
+            state = {name: value for name, value in mutated.items() if name != RECORDS}
+            return jnp.sum(jnp.sin(y)) + sum(terms.values()), (y, terms, state)
+
+        backward_memory = variables.get("backward_memory", {})
+        return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(x, backward_memory)
+
+    return call(variables, x)
+
+
+# ---------------- pools ----------------
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize(("shape", "pool"), [((), "none"), ((3,), "token"), ((2, 3), "mean")])
+def test_auto_goes_by_the_rank_and_a_call_may_say_what_the_attribute_does(name, shape, pool):
+    x, labels = batch(0, *shape)
+    by_attribute = MECHANISMS[name](pool=pool)
+    variables = by_attribute.init(jax.random.key(0), x)
+    expected = train_call(by_attribute, variables, x, labels)
+    assert all(jnp.any(term > 0) for term in expected[1][1].values())
+    for act, options in [
+        (MECHANISMS[name](pool="auto"), {}),
+        (MECHANISMS[name](), {"pool": "auto"}),
+        (MECHANISMS[name](), {"pool": pool}),
+    ]:
+        found = train_call(act, act.init(jax.random.key(0), x, **options), x, labels, **options)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_without_a_word_the_pool_is_the_token():
+    x, labels = batch(0, 3)
+    expected, found = (
+        train_call(act, act.init(jax.random.key(0), x), x, labels)
+        for act in (dpa_jax.DPA(K, pool="token"), dpa_jax.DPA(K))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_pool_is_said_once():
+    act = dpa_jax.DPA(K, pool="mean")
+    with pytest.raises(ValueError, match="pool"):
+        act.init(jax.random.key(0), jnp.zeros((B, 3, C)), pool="token")
+    with pytest.raises(ValueError, match="pool must be one of token, mean, none, auto; got 'means'"):
+        dpa_jax.DPA(K).init(jax.random.key(0), jnp.zeros((B, 3, C)), pool="means")
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_rows_find_their_sample(name):
+    """TNT's inner blocks: the N patches of a sample are N rows, and its pixels are pooled over all of them."""
+    rows = 5
+    x, labels = batch(1, rows, 3)
+    act = MECHANISMS[name](pool="mean")
+    variables = act.init(jax.random.key(0), x)
+    (grad_x, update), (y, terms, state) = train_call(act, variables, x, labels)
+    flat = x.reshape(B * rows, 3, C)
+    fresh = act.init(jax.random.key(0), flat, rows_per_sample=rows)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables)
+    (flat_grad, flat_update), (flat_y, *rest) = train_call(act, variables, flat, labels, rows_per_sample=rows)
+    np.testing.assert_array_equal(flat_y, y.reshape(flat.shape))
+    np.testing.assert_allclose(flat_grad, grad_x.reshape(flat.shape), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (flat_update, *rest), (update, terms, state))
+
+
+def test_rows_that_do_not_divide_and_labels_for_rows_are_refused():
+    act = dpa_jax.DPA(K, pool="mean")
+    variables = act.init(jax.random.key(0), jnp.zeros((B, 3, C)))
+    call = lambda labels, rows: act.apply(  # noqa: E731
+        variables, jnp.zeros((B, 3, C)), labels, True, rows_per_sample=rows, mutable=dpa_jax.MUTABLE
+    )
+    with pytest.raises(ValueError, match="5 rows per sample do not divide the input's 12"):
+        call(jnp.zeros(2, int), 5)
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\), one per sample .* got \(12,\)"):
+        call(jnp.zeros(B, int), 4)
+    with pytest.raises(ValueError, match="rows_per_sample must be at least 1; got 0"):
+        call(jnp.zeros(B, int), 0)
+
+
+# ---------------- variables with mutated fed back ----------------
+
+
+class Twice(nn.Module):
+    """One AIEC called twice, rematerialised, and one after it."""
+
+    @nn.compact
+    def __call__(self, x, labels=None, train=False):
+        act = nn.remat(dpa_jax.AIEC, static_argnums=(3,))(K, update_interval=1, pool="none", name="twice")
+        x = act(act(x, labels, train) + x, labels, train)
+        return dpa_jax.AIEC(K, update_interval=1, pool="none", name="once")(nn.Dense(C)(x), labels, train)
+
+
+class Scanned(nn.Module):
+    """Two layers in a scan."""
+
+    @nn.compact
+    def __call__(self, x, labels=None, train=False):
+        layers = nn.scan(
+            lambda act, x, _: (x + act(x, labels, train), None),
+            variable_axes={"params": 0, **dict.fromkeys(dpa_jax.COLLECTIONS, 0)},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return layers(dpa_jax.AIEC(K, update_interval=1, pool="none"), x, None)[0]
+
+
+@pytest.mark.parametrize("model", [Twice(), Scanned()], ids=["twice", "scan"])
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+def test_mutated_may_be_fed_back(model, jitted):
+    """``{**variables, **mutated}``, Flax's common idiom: the records of an earlier call take no part."""
+    traces = []
+
+    def call(variables, x, labels):
+        traces.append(x)
+        _, mutated = model.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+        return mutated, dpa_jax.penalties(mutated)
+
+    call = jax.jit(call) if jitted else call
+    fed_back = kept_apart = dict(model.init(jax.random.key(0), batch(0)[0]))
+    for t in range(4):
+        mutated, found = call(fed_back, *batch(t))
+        fed_back = {**fed_back, **mutated}
+        mutated, expected = call(kept_apart, *batch(t))
+        kept_apart = {**kept_apart, "activity_counters": mutated["activity_counters"]}
+        np.testing.assert_array_equal(found["aux"], expected["aux"])
+        np.testing.assert_array_equal(found["gate"], expected["gate"])
+    if jitted:
+        assert len(traces) == 2  # without records, and with
+
+
+def test_the_module_whose_apply_runs_is_found():
+    """The one thing that is not in Flax's public API."""
+    seen = []
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            seen.append(outermost_module())
+            return x
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            seen.append(self)
+            return nn.remat(Inner)(name="inner")(x)
+
+    Outer().apply({}, 1.0)
+    Outer().apply({}, 1.0)
+    assert seen[0] is seen[1] and seen[2] is seen[3] and seen[0] is not seen[2]
+
+
+# ---------------- one's own ----------------
+
+
+class Counting(Mechanism):
+    """Counts the labelled samples, with a penalty and a counter that resets; keys as DPA's forward memory has them."""
+
+    num_classes: int
+    pool: str | None = None
+
+    kept = {  # noqa: RUF012
+        "mean": Variable("sample_counts", "mean", "K", start=nn.initializers.ones, resets=True),
+        "step": Variable("sample_counts", "step", "", jnp.int32),
+    }
+    coefficients = {"counting": 3.0}  # noqa: RUF012
+
+    def plain(self, x):
+        return x
+
+    def observe(self, x, labels, state, train, pool):
+        counts = jnp.zeros(self.num_classes).at[labels].add(jnp.where(labels < 0, 0.0, 1.0))
+        return x, {"mean": state["mean"] + counts, "step": state["step"] + 1}, {"values": pool(x)}
+
+    @staticmethod
+    def summarize(records):
+        (record,) = records
+        return Summary(
+            terms={"counting": Ratio(jnp.sum(record.seen["values"]), jnp.asarray(record.seen["values"].size))}
+        )
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "ACTIVATIONS", dict(registry.ACTIVATIONS))
+    dpa_jax.register("counting", Counting)
+
+
+def test_collections_and_coefficients_follow_from_the_registered_mechanisms(registered):
+    assert "sample_counts" in dpa_jax.MUTABLE and "sample_counts" in dpa_jax.COLLECTIONS
+    assert set(dpa_jax.COLLECTIONS) - set(dpa_jax.MUTABLE) == {"backward_memory"}
+    assert dpa_jax.activations.default_coefficients() == {
+        "channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0, "counting": 3.0,
+    }  # fmt: skip
+
+
+def test_without_registration_nothing_of_it_is_there():
+    assert set(dpa_jax.MUTABLE) == {"forward_memory", "response_memory", "activity_counters", RECORDS}
+    assert "counting" not in dpa_jax.activations.default_coefficients()
+
+
+def test_linen_and_nnx_keep_it_alike(registered):
+    class Nnx(dpa_jax.nnx.Stateful):
+        mechanism = Counting
+
+    linen, ours = Counting(K, pool="none"), Nnx(K, C, pool="none")
+    variables = dict(linen.init(jax.random.key(0), jnp.zeros((B, C))))
+    for t in range(3):
+        x, labels = batch(t)
+        y, mutated = linen.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+        z, records = dpa_jax.nnx.recorded(ours)(x, labels, train=True)
+        variables = {**variables, **mutated}
+        np.testing.assert_array_equal(y, z)
+        np.testing.assert_allclose(dpa_jax.penalties(records)["counting"], dpa_jax.penalties(mutated)["counting"])
+    counts = variables["sample_counts"]
+    np.testing.assert_array_equal(ours.mean[...], counts["mean"])
+    assert counts["mean"].sum() == K + sum((batch(t)[1] >= 0).sum() for t in range(3))
+    assert type(ours.mean).__name__ == "SampleCounts"
+
+    # Only what is in its collection resets: DPA's forward memory has the same names.
+    memory = {"mean": jnp.ones((K, C)) * 7, "step": jnp.ones((), int)}
+    reset = dpa_jax.reset_counters({"sample_counts": {"act": counts}, "forward_memory": {"act": memory}})
+    np.testing.assert_array_equal(reset["sample_counts"]["act"]["mean"], np.ones(K))
+    assert reset["sample_counts"]["act"]["step"] == 3
+    np.testing.assert_array_equal(reset["forward_memory"]["act"]["mean"], memory["mean"])
+    dpa_jax.nnx.reset_counters(ours)
+    np.testing.assert_array_equal(ours.mean[...], np.ones(K))
+    assert ours.step[...] == 3
+
+
+def test_sizes_of_an_nnx_module_are_checked():
+    with pytest.raises(TypeError, match="ARR: num_features is missing"):
+        dpa_jax.nnx.ARR(K)
+    with pytest.raises(TypeError, match="ARR: at most num_classes and num_features"):
+        dpa_jax.nnx.ARR(K, C, 3)
+    with pytest.raises(TypeError, match="AIEC: rngs is missing, which draws decision_weights"):
+        dpa_jax.nnx.AIEC(K, C)
+
+
+# ---------------- the documented one ----------------
+
+
+@pytest.fixture
+def documented(monkeypatch, request, capsys):
+    """The names that docs/own_mechanism.md makes, and what it prints."""
+    monkeypatch.setattr(registry, "ACTIVATIONS", dict(registry.ACTIVATIONS))
+    page = (request.config.rootpath / "docs" / "own_mechanism.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks[0].splitlines()) < 50
+    names = {"__name__": "own_mechanism"}
+    for block in blocks:
+        exec(compile(block, "own_mechanism.md", "exec"), names)
+    return names, capsys.readouterr().out
+
+
+def test_the_documented_tracker_tracks_in_linen_and_nnx(documented):
+    names, printed = documented
+    said = re.findall(r"(\w+): (\d+)% of the channels are dead", printed)
+    assert {name for name, _ in said} == {"linen", "NNX"}
+    assert all(0 < int(share) < 100 for _, share in said)
+    # One more step by hand, from the state it has reached.
+    variables, (images, labels) = names["variables"], (names["images"], names["labels"])
+    params, tracker = variables["params"], names["nnx_model"].tracker
+    x = images @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"] - 1.0
+
+    def loss_fn(y):
+        logits = y @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.grad(loss_fn)(jax.nn.relu(x))
+    after, _ = names["train_step"](variables, images, labels)
+    for new, old, seen in [
+        (after["channel_statistics"], variables["channel_statistics"], x > 0),
+        (after["backward_memory"], variables["backward_memory"], jnp.sign(gradient)),
+    ]:
+        ((name, value),) = new["tracker"].items()
+        expected = old["tracker"][name] + 0.05 * (seen.mean(axis=0) - old["tracker"][name])
+        np.testing.assert_allclose(value, expected, atol=2e-5)
+    assert isinstance(tracker.pull, dpa_jax.nnx.BackwardMemory)
+    assert np.abs(nnx.to_pure_dict(nnx.state(tracker))["pull"]).max() > 0.1
