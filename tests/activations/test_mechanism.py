@@ -298,10 +298,10 @@ def test_the_documented_tracker_tracks_in_linen_and_nnx(documented):
     # One more step by hand, from the state it has reached.
     variables, (images, labels) = names["variables"], (names["images"], names["labels"])
     params, tracker = variables["params"], names["nnx_model"].tracker
-    x = images @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"] - 1.0
+    x = nn.Dense(128).apply({"params": params["Dense_0"]}, images) - 1.0
 
     def loss_fn(y):
-        logits = y @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+        logits = nn.Dense(10).apply({"params": params["Dense_1"]}, y)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradient = jax.grad(loss_fn)(jax.nn.relu(x))
