@@ -6,12 +6,14 @@ The same as configs/imagenet_vit.py but for the data: DIR holds the folders of t
 Cost: 300 epochs of about 126,689 images, depending on which classes are taken. Expected: not known here.
 """
 
-from ml_collections import ConfigDict
+import pathlib
+import runpy
 
-from configs import imagenet_vit
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    config = imagenet_vit.get_config()
+    base = runpy.run_path(str(pathlib.Path(__file__).with_name("imagenet_vit.py")))
+    config = base["get_config"]()
     config.data.name = "imagenet100"
     return config

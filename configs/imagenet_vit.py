@@ -9,13 +9,15 @@ devices, and the learning rate follows it.
 Expected: not known here. lambda is that of CIFAR-100.
 """
 
-from ml_collections import ConfigDict
+import pathlib
+import runpy
 
-from configs import cifar100_vit
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    config = cifar100_vit.get_config()
+    base = runpy.run_path(str(pathlib.Path(__file__).with_name("cifar100_vit.py")))
+    config = base["get_config"]()
     config.model = "vit_tiny_patch16_224"
     config.data.name = "imagenet"
     config.data.workers = 8

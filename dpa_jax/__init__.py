@@ -1,22 +1,29 @@
-"""Activations that remember: DPA and its family for JAX and Flax."""
+"""Activations that remember: DPA and its family for JAX and Flax.
 
-from typing import Any
+Nothing is imported, not even JAX, until a name is used.
+"""
 
-from dpa_jax import activations, models
-from dpa_jax.activations import (
-    AIEC,
-    ARR,
-    DPA,
-    RAA,
-    Mechanism,
-    Variable,
-    activation,
-    penalties,
-    register,
-    reset_counters,
-    summarize,
-    supervise,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpa_jax import activations, data, models, nnx
+    from dpa_jax.activations import (
+        AIEC,
+        ARR,
+        COLLECTIONS,
+        DPA,
+        MUTABLE,
+        RAA,
+        Mechanism,
+        Variable,
+        activation,
+        penalties,
+        register,
+        reset_counters,
+        summarize,
+        supervise,
+    )
 
 __all__ = [
     "AIEC",
@@ -28,7 +35,10 @@ __all__ = [
     "Mechanism",
     "Variable",
     "activation",
+    "activations",
+    "data",
     "models",
+    "nnx",
     "penalties",
     "register",
     "reset_counters",
@@ -37,11 +47,14 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-MUTABLE: tuple[str, ...]
-COLLECTIONS: tuple[str, ...]
-
 
 def __getattr__(name: str) -> Any:
-    if name in ("MUTABLE", "COLLECTIONS"):  # which grow with the registered mechanisms
-        return getattr(activations, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("activations", "data", "models", "nnx"):
+        return import_module(f"dpa_jax.{name}")
+    if name in __all__:  # asked for anew each time: MUTABLE and COLLECTIONS grow with the registered mechanisms
+        return getattr(import_module("dpa_jax.activations"), name)
+    raise AttributeError(f"module 'dpa_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,58 +1,161 @@
-"""Command lines of a configuration file and flags, whose mistakes are told in one line."""
+"""Command lines of a configuration file and flags, whose mistakes are told in one line.
+
+A module with a command defines its flags in a function, so that importing it defines none, and ends like this::
+
+    def main(argv: list[str] | None = None) -> None:
+        command_line.run(_train, _define_flags, argv, default_config="digits_vit")
+
+    if __name__ == "__main__":
+        main()
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import pathlib
 import re
 import sys
 import traceback
 from collections.abc import Callable
 
-from absl import flags
-from ml_collections import config_flags
+from absl import flags, logging
 
-from dpa_jax.config import check_key
+from dpa_jax.extras import require_train
+
+# Of the configurations that come with dpa_jax: inside of an installed package, beside it in a clone.
+_FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]
+
+_FREE = ("checkpoint.", "log_every_seconds", "data.dir", "data.download", "data.resident", "data.workers")
 
 
-def make_parser(default_config: pathlib.Path | None = None) -> Callable[[list[str]], list[str]]:
-    """A ``flags_parser`` for ``absl.app.run`` that knows ``--config FILE`` and ``--config.KEY=VALUE``.
+def run(
+    main: Callable[[flags.FlagValues], None],
+    define_flags: Callable[[flags.FlagValues], None],
+    argv: list[str] | None = None,
+    *,
+    default_config: str | None = None,
+) -> None:
+    """Reads a command line and runs its command.
 
     Args:
-        default_config: the configuration file where none is given; None where one must be.
+        main: the command. It is given the values of all flags as attributes; ``config`` is the configuration.
+        define_flags: defines the flags of this command on the object that it is given.
+        argv: the name of the program and its arguments; None for those of the process.
+        default_config: the configuration where none is given, a name or a path; None where one must be.
+
+    Raises:
+        SystemExit: with one line, for a mistake in the command line or in the configuration file, for a missing
+            part, and for a ValueError or OSError of the command: what a user can mend.
+    """
+    argv = sys.argv if argv is None else argv
+    try:
+        require_train("this command")
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    try:
+        options = parse(define_flags, argv, default_config=default_config)
+        if options.help:
+            print(inspect.getdoc(inspect.getmodule(main)), options.get_help(), sep="\n")
+        elif options.config is None:
+            raise ValueError("--config is missing, the configuration file")
+        else:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+            main(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(
+    define_flags: Callable[[flags.FlagValues], None], argv: list[str], *, default_config: str | None = None
+) -> flags.FlagValues:
+    """The values of a command line's flags; as `run`, but mistakes raise ValueError."""
+    from ml_collections import config_flags
+
+    from dpa_jax.config import check_key
+
+    options = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=options)
+    define_flags(options)
+    for argument in argv[1:]:
+        if override := re.match(r"--?config\.([\w.]+)", argument):
+            check_key(override[1])
+    argv = _with_config_files(argv)
+    try:
+        config_flags.DEFINE_config_file(
+            "config",
+            default_config and str(find_config(default_config)),
+            "The configuration file, or the name of one that comes with dpa_jax.",
+            flag_values=options,
+            # The configuration's own lock refuses unknown keys, but where any key is meant to be possible.
+            lock_config=False,
+            accept_new_attributes=True,
+            sys_argv=argv,
+        )
+        arguments = options(argv)
+    except (flags.Error, KeyError, AttributeError, TypeError, OSError) as error:
+        raise ValueError(_one_line(error)) from error
+    if arguments[1:]:
+        raise ValueError(f"unknown argument {arguments[1]!r}; a configuration file comes after --config")
+    return options
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file of a configuration.
+
+    Args:
+        name: its path, or the name of one that comes with dpa_jax: ``cifar100_vit``, also as a clone has it,
+            ``configs/cifar100_vit.py``.
+
+    Raises:
+        ValueError: if there is none; the message names those that come with dpa_jax.
+    """
+    folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
+    own = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    if path.stem in own and name in (path.stem, f"configs/{path.stem}.py"):
+        return own[path.stem]
+    raise ValueError(f"--config: there is no file {name}; the configurations of dpa_jax are {', '.join(own)}")
+
+
+def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path:
+    """A folder under ``runs`` that tells one configuration from another.
+
+    Args:
+        options: of `parse`.
+        prefix: what the folder's name begins with.
 
     Returns:
-        What reads a command line, and exits with one line on what is wrong in it, or in the configuration file.
+        The folder, named after the configuration file and after what the command line changes in it, as in
+        ``runs/digits_vit,mechanism=relu,seed=1``. Keys that change no figure do not count; where a name gets long or
+        has characters that a file's name should not have, it ends with a hash of all changes.
     """
+    from ml_collections import config_flags
 
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            for argument in argv[1:]:
-                if override := re.match(r"--?config\.([\w.]+)", argument):
-                    check_key(override[1])
-            config_flags.DEFINE_config_file(
-                "config",
-                None if default_config is None else str(default_config),
-                "The configuration file.",
-                # The configuration's own lock refuses unknown keys, but where any key is meant to be possible.
-                lock_config=False,
-                accept_new_attributes=True,
-                sys_argv=argv,
-            )
-            arguments = flags.FLAGS(argv)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        except (flags.Error, KeyError, AttributeError, TypeError, OSError) as error:
-            sys.exit(f"error: {_one_line(error)}")
-        if arguments[1:]:
-            sys.exit(f"error: unknown argument {arguments[1]!r}; a configuration file comes after --config")
-        if default_config is None and not flags.FLAGS["config"].present:
-            sys.exit("error: --config is missing, the configuration file")
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
-        if not pathlib.Path(file).is_file():
-            sys.exit(f"error: --config: there is no file {file}")
-        return arguments
+    changes = [
+        f"{key}={value}"
+        for key, value in sorted(config_flags.get_override_values(options["config"]).items())
+        if not key.startswith(_FREE)
+    ]
+    stem = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
+    name = ",".join([prefix + stem, *changes])
+    safe = re.sub(r"[^\w.,=+-]+", "_", name)
+    if safe != name or len(safe) > 120:
+        safe = f"{safe[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return pathlib.Path("runs") / safe
 
-    return parse
+
+def _with_config_files(argv: list[str]) -> list[str]:
+    """The arguments with the path of a file after every --config."""
+    argv = list(argv)
+    for i, argument in enumerate(argv[1:], 1):
+        if given := re.fullmatch(r"(--?config=)(.*)", argument):
+            argv[i] = given[1] + str(find_config(given[2]))
+        elif re.fullmatch("--?config", argv[i - 1]) and i > 1:
+            argv[i] = str(find_config(argument))
+    return argv
 
 
 def _one_line(error: Exception) -> str:

@@ -1,14 +1,20 @@
 """The command line: what it prints and how it ends."""
 
+import contextlib
+import io
 import json
+import logging
 import os
 import pathlib
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from dpa_jax import command_line, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -27,11 +33,40 @@ def get_config():
 """
 
 
-def train(*arguments, **environment):
-    """The ended process of `python train.py` with these arguments, on one device."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+def run(command, *arguments):
+    """The ended process of a command with these arguments, on one device."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, *command.split(), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def refused(*arguments, traced=False):
+    """The error that the command ends with, in this process; nothing is printed before it, and nothing compiles.
+
+    Args:
+        *arguments: of the command line.
+        traced: whether functions may have been traced, to learn the shapes of a state.
+    """
+    printed, logged = io.StringIO(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with jax.log_compiles():
+            with (
+                contextlib.redirect_stdout(printed),
+                contextlib.redirect_stderr(printed),
+                pytest.raises(SystemExit) as ended,
+            ):
+                train.main(["train.py", *map(str, arguments)])
+            assert not [line for line in logged if not (traced and line.startswith("Finished tracing"))]
+            jax.jit(lambda x: x + 1)(jnp.zeros(3))
+            assert any(line.startswith("Compiling") for line in logged)  # it would have been seen
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
+    assert not printed.getvalue()
+    assert isinstance(ended.value.code, str)  # Python prints it to stderr, and ends with code 1
+    return ended.value.code
 
 
 def write_config(folder, change=""):
@@ -49,9 +84,8 @@ def trained(tmp_path_factory):
     """The configuration file and the folder of a run that has ended."""
     folder = tmp_path_factory.mktemp("trained")
     config, workdir = write_config(folder), folder / "run"
-    ended = train("--config", config, "--workdir", workdir, JAX_LOG_COMPILES="1")
+    ended = run("train.py", "--config", config, "--workdir", workdir)
     assert ended.returncode == 0, ended.stderr
-    assert "Compiling" in ended.stderr
     assert ended.stdout == f"curves, metrics and checkpoints are in {workdir}\n"
     return config, workdir
 
@@ -59,7 +93,7 @@ def trained(tmp_path_factory):
 def test_eval_prints_what_training_found_and_touches_nothing(trained):
     config, workdir = trained
     before = contents(workdir)
-    ended = train("--config", config, "--workdir", workdir, "--eval")
+    ended = run("-m dpa_jax.train", "--config", config, "--workdir", workdir, "--eval")
     assert ended.returncode == 0, ended.stderr
     assert contents(workdir) == before
 
@@ -73,9 +107,8 @@ def test_eval_prints_what_training_found_and_touches_nothing(trained):
 
 def test_eval_without_a_checkpoint(trained, tmp_path):
     config, _ = trained
-    ended = train("--config", config, "--workdir", tmp_path / "nothing", "--eval")
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == f"error: no checkpoint in {tmp_path}/nothing/checkpoints; train first, without --eval\n"
+    error = refused("--config", config, "--workdir", tmp_path / "nothing", "--eval", traced=True)
+    assert error == f"error: no checkpoint in {tmp_path}/nothing/checkpoints; train first, without --eval"
     assert not (tmp_path / "nothing").exists()
 
 
@@ -90,9 +123,8 @@ def test_eval_without_a_checkpoint(trained, tmp_path):
 def test_a_checkpoint_of_another_model(trained, flags, change, leaf, there, here):
     config, workdir = trained
     before = contents(workdir)
-    ended = train("--config", config, "--workdir", workdir, f"--config.{change}", *flags)
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+    error = refused("--config", config, "--workdir", workdir, f"--config.{change}", *flags, traced=True)
+    (line,) = error.splitlines()
     assert line.startswith(f"error: checkpoint {workdir}/checkpoints/6 is of another model or configuration: ")
     assert f"{leaf} is {there} there and {here} here" in line
     assert contents(workdir) == before
@@ -120,33 +152,66 @@ MISTAKES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def mistaken(tmp_path_factory):
-    """The ended processes, one for each of MISTAKES."""
-
-    def run(mistake):
-        change, argument, _ = mistake
-        folder = tmp_path_factory.mktemp("mistake")
-        arguments = [f"--config={write_config(folder, change)}", argument][argument.startswith("--config=") :]
-        ended = train(f"--workdir={folder}/run", *filter(None, arguments), JAX_LOG_COMPILES="1")
-        assert not (folder / "run").exists(), mistake
-        return ended
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MISTAKES, pool.map(run, MISTAKES), strict=True))
-
-
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: " ".join(mistake[:2]).strip())
-def test_a_mistake_is_one_line_before_anything_compiles(mistaken, mistake):
-    ended = mistaken[mistake]
+def test_a_mistake_is_one_line_before_anything_compiles(mistake, tmp_path):
+    change, argument, message = mistake
+    arguments = [f"--config={write_config(tmp_path, change)}", argument][argument.startswith("--config=") :]
+    (line,) = refused(f"--workdir={tmp_path}/run", *filter(None, arguments)).splitlines()
+    assert re.match(f"error: .*{message}", line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_ends_the_process_with_its_line_alone():
+    ended = run("train.py", "--config.batch_sise=3")
     assert (ended.returncode, ended.stdout) == (1, "")
-    (line,) = ended.stderr.splitlines()  # with JAX_LOG_COMPILES there would be others
-    assert re.match(f"error: .*{mistake[2]}", line), line
+    assert ended.stderr == "error: config: there is no key batch_sise. Did you mean batch_size?\n"
 
 
 def test_missing_data_comes_with_the_command_that_gets_it(tmp_path):
-    ended = train("--config=configs/cifar100_vit.py", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run")
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("error: ") and "Traceback" not in ended.stderr
-    assert str(tmp_path) in ended.stderr
-    assert "train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=" in ended.stderr
+    error = refused("--config=configs/cifar100_vit.py", f"--config.data.dir={tmp_path}", f"--workdir={tmp_path}/run")
+    assert error.startswith("error: ") and "Traceback" not in error
+    assert str(tmp_path) in error
+    assert "train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=" in error
+
+
+# ---------------- The folder of a run that is not given one ----------------
+
+
+def workdir_of(*arguments):
+    options = command_line.parse(lambda options: None, ["train.py", *arguments], default_config="digits_vit")
+    return str(command_line.default_workdir(options))
+
+
+def test_the_default_folder_tells_configurations_apart():
+    assert workdir_of() == "runs/digits_vit"
+    assert workdir_of("--config=cifar10_vit") == workdir_of("--config", "configs/cifar10_vit.py") == "runs/cifar10_vit"
+    assert workdir_of("--config.seed=1", "--config.mechanism=relu") == "runs/digits_vit,mechanism=relu,seed=1"
+    assert workdir_of("--config.mechanism=relu", "--config.seed", "1") == "runs/digits_vit,mechanism=relu,seed=1"
+    assert workdir_of("--config.mechanism_options.tau=0.5") == "runs/digits_vit,mechanism_options.tau=0.5"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.dir=x",
+        "data.download=True",
+        "data.resident=host",
+        "data.workers=2",
+        "checkpoint.keep=1",
+        "log_every_seconds=1",
+    ],
+)
+def test_what_changes_no_figure_changes_no_folder(change):
+    assert workdir_of(f"--config.{change}") == "runs/digits_vit"
+
+
+def test_every_other_change_is_another_folder_with_a_plain_name():
+    scales = [f"--config.augment.scale=({low},1.0)" for low in (0.1, 0.2)]
+    long = [f"--config.model_options.{'wide' * 50}{n}=1" for n in (1, 2)]
+    rates = [f"--config.optimizer.learning_rate={rate}" for rate in ("1e-3", "1e-4")]
+    folders = [
+        workdir_of(*arguments) for arguments in ([], *zip(scales), *zip(long), *zip(rates), scales[:1] + rates[:1])
+    ]
+    assert len(set(folders)) == len(folders)
+    for folder in folders:
+        assert re.fullmatch(r"runs/[\w.,=+-]{1,120}", folder), folder

@@ -1,6 +1,6 @@
 """Compares mechanisms over seeds.
 
-python -m dpa_jax.compare --config configs/NAME.py [--mechanisms relu,gelu,dpa] [--seeds N] [--vmap N] [--workdir DIR]
+python -m dpa_jax.compare --config NAME [--mechanisms relu,gelu,dpa] [--seeds N] [--vmap N] [--workdir DIR]
     [--config.KEY=VALUE ...]
 """
 
@@ -10,38 +10,51 @@ import pathlib
 import shlex
 import sys
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
 
-from dpa_jax.command_line import make_parser
-from dpa_jax.compare import compare, parse_entries
-from dpa_jax.training.checkpoint import DamagedCheckpointError
-from dpa_jax.training.loop import NonFiniteError
-
-_MECHANISMS = flags.DEFINE_string(
-    "mechanisms", "relu,gelu,dpa,dnrt,aiec", "What is compared: NAME[+arr][:OPTION=VALUE]... between commas."
-)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1)
-_VMAP = flags.DEFINE_integer("vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder; runs/compare_NAME of the configuration where not given.")
+from dpa_jax import command_line
 
 
-def main(argv: list[str]) -> None:
-    """Compares as the flags say; an error that a user can mend is one line."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    config = flags.FLAGS.config
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / f"compare_{name}")
-    command = shlex.join(["python", "-m", "dpa_jax.compare", *sys.argv[1:]])
+def main(argv: list[str] | None = None) -> None:
+    """Compares as a command line says; see `command_line.run`."""
+    argv = sys.argv if argv is None else argv
+    command = shlex.join(["python", "-m", "dpa_jax.compare", *argv[1:]])
+    command_line.run(lambda options: _compare(options, command), _define_flags, argv)
+
+
+def _define_flags(options: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "mechanisms",
+        "relu,gelu,dpa,dnrt,aiec",
+        "What is compared: NAME[+arr][:OPTION=VALUE]... between commas.",
+        flag_values=options,
+    )
+    flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer(
+        "vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0, flag_values=options
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it.",
+        flag_values=options,
+    )
+
+
+def _compare(options: flags.FlagValues, command: str) -> None:
+    from dpa_jax.compare import compare, parse_entries
+    from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.loop import NonFiniteError
+
+    workdir = pathlib.Path(options.workdir or command_line.default_workdir(options, "compare_"))
     try:
-        entries = parse_entries(_MECHANISMS.value, config)
-        compare(config, entries, _SEEDS.value, workdir, vmap=_VMAP.value, command=command)
-    except (ValueError, OSError, NonFiniteError, DamagedCheckpointError) as error:
+        entries = parse_entries(options.mechanisms, options.config)
+        compare(options.config, entries, options.seeds, workdir, vmap=options.vmap, command=command)
+    except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
     print((workdir / "table.md").read_text(), end="")
     print(f"\ntables, curves and every run's record are in {workdir}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=make_parser())
+    main()

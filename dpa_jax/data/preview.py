@@ -1,25 +1,28 @@
 """A look at the augmentation: a few training images under each operation alone and under the whole recipe.
 
-python -m dpa_jax.data.preview --config configs/NAME.py [--output preview.png] [--images 8] [--config.KEY=VALUE ...]
+python -m dpa_jax.data.preview --config NAME [--output preview.png] [--images 8] [--config.KEY=VALUE ...]
 """
 
 from __future__ import annotations
 
+from dpa_jax.extras import require_train
+
+require_train("dpa_jax.data.preview")
+
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from dpa_jax import command_line
 from dpa_jax.checks import check_range
-from dpa_jax.command_line import make_parser
 from dpa_jax.config import validate
 from dpa_jax.data import augment, sources
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
@@ -206,25 +209,27 @@ def preview(config: ConfigDict, count: int = 8) -> Image.Image:
     return contact_sheet(drawn, [dataset.class_names[label] for label in batch.labels])
 
 
-_OUTPUT = flags.DEFINE_string("output", "preview.png", "The PNG file that is written.")
-_IMAGES = flags.DEFINE_integer("images", 8, "How many training images are shown.")
+def main(argv: list[str] | None = None) -> None:
+    """Writes the sheet as a command line says; see `command_line.run`."""
+    command_line.run(_preview, _define_flags, argv)
 
 
-def main(_: list[str]) -> None:
-    """Writes the sheet as the flags say; an error that a user can mend is one line."""
-    output = pathlib.Path(_OUTPUT.value)
+def _define_flags(options: flags.FlagValues) -> None:
+    flags.DEFINE_string("output", "preview.png", "The PNG file that is written.", flag_values=options)
+    flags.DEFINE_integer("images", 8, "How many training images are shown.", flag_values=options)
+
+
+def _preview(options: flags.FlagValues) -> None:
+    output = pathlib.Path(options.output)
     if output.suffix != ".png":
-        sys.exit(f"error: --output must be a file that ends in .png; got {_OUTPUT.value!r}")
+        raise ValueError(f"--output must be a file that ends in .png; got {options.output!r}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"error: --output: the folder {output.parent} cannot be made: {error.strerror}")
-    try:
-        preview(flags.FLAGS.config, _IMAGES.value).save(output, optimize=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{output}: {_IMAGES.value} training images")
+        raise OSError(f"--output: the folder {output.parent} cannot be made: {error.strerror}") from error
+    preview(options.config, options.images).save(output, optimize=True)
+    print(f"{output}: {options.images} training images")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=make_parser())
+    main()

@@ -1,0 +1,40 @@
+"""Optional dependencies: a missing one is one line that names the extra to install."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+# What `pip install 'dpa_jax[train]'` brings, by the names under which it is imported.
+TRAIN = (
+    "etils",
+    "grain",
+    "importlib_resources",
+    "matplotlib",
+    "ml_collections",
+    "orbax",
+    "PIL",
+    "pyarrow",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow_datasets",
+    "tqdm",
+)
+
+
+def require_train(package: str) -> None:
+    """Raises ImportError unless everything that training needs is installed.
+
+    Where a command of dpa_jax is being run (``python -m dpa_jax.compare``), it ends with the error as its one line.
+
+    Args:
+        package: what is being imported, for the message.
+    """
+    missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
+    if missing:
+        message = f"{package} needs {', '.join(missing)}: pip install 'dpa_jax[train]'"
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        # While Python looks for the module after -m there is no spec, and "-m" stands for its file.
+        if sys.argv[:1] == ["-m"] or (spec and spec.name.startswith("dpa_jax.")):
+            sys.exit(f"error: {message}")
+        raise ImportError(message, name=package)

@@ -1,0 +1,69 @@
+"""Trains and evaluates: python -m dpa_jax.train --config NAME [--workdir DIR] [--config.KEY=VALUE ...] [--eval]."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import flags
+
+from dpa_jax import command_line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, or evaluates, as a command line says.
+
+    Args:
+        argv: the name of the program and its arguments; None for those of the process.
+
+    Raises:
+        SystemExit: with one line on what went wrong, where a user can mend it.
+    """
+    command_line.run(_train, _define_flags, argv, default_config="digits_vit")
+
+
+def _define_flags(options: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it.",
+        flag_values=options,
+    )
+    flags.DEFINE_bool(
+        "eval", False, "Evaluate the run's best and newest checkpoints, train nothing.", flag_values=options
+    )
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
+
+
+def _train(options: flags.FlagValues) -> None:
+    # Imported here, since the loader's worker processes import this module when it is the program.
+    import jax
+
+    from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
+
+    if options.distributed:
+        jax.distributed.initialize()
+    workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
+    try:
+        if options.eval:
+            print(_table(evaluate(options.config, workdir)))
+        else:
+            train_and_evaluate(options.config, workdir)
+            print(f"curves, metrics and checkpoints are in {workdir}")
+    except (NonFiniteError, DamagedCheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _table(results: dict[int, dict[str, float]]) -> str:
+    """One column a checkpoint, one line a figure; accuracies in percent."""
+    names = next(iter(results.values()))
+    rows = [f"{'step':<20}" + "".join(f"{step:>12}" for step in results)]
+    for name in names:
+        scale, unit = (1, "") if name.startswith("loss") else (100, " %")
+        rows.append(f"{name + unit:<20}" + "".join(f"{scale * figures[name]:>12.4f}" for figures in results.values()))
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
