@@ -100,7 +100,8 @@ def create_state(
     """The state before the first step; a function of the seed alone."""
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
-    variables = dict(model.init(init_key, jnp.zeros((1, *model.image_shape))))
+    examples = jax.tree.map(lambda example: jnp.zeros(example.shape, example.dtype), model.example_inputs)
+    variables = dict(model.init(init_key, examples))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
