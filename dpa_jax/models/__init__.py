@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 
@@ -47,12 +46,6 @@ def create(name: str, num_classes: int, **options) -> nn.Module:
     return factory(num_classes=num_classes, **options)
 
 
-def model_class(name: str) -> Any:
-    """The class that a key of `MODELS` makes modules of."""
-    factory: Any = MODELS[name]
-    return factory.func if isinstance(factory, functools.partial) else factory
-
-
 def register(name: str, factory: Callable[..., nn.Module]) -> None:
     """Adds a model, so that `create` and the configurations know it by name.
 
@@ -72,4 +65,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     MODELS[name] = factory
 
 
-__all__ = ["MODELS", "ResNet", "ViT", "create", "model_class", "params_from_torch", "register"]
+__all__ = ["MODELS", "ResNet", "ViT", "create", "params_from_torch", "register"]

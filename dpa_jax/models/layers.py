@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
 
 # The papers' programs cut this normal at +-2, a hundred standard deviations out.
@@ -73,20 +74,20 @@ def activate(
     pool: str,
     rows_per_sample: int = 1,
 ) -> jax.Array:
-    """Calls an activation and tells it, if it keeps memories, how ``x`` becomes one vector per sample here.
+    """Calls an activation, and tells a mechanism how ``x`` becomes one vector per sample at this place.
 
     Args:
-        module: any activation; its own ``pool``, where set, takes precedence.
+        module: any activation; a mechanism's own ``pool``, where set, takes precedence.
         x: its input.
         labels: [B] integers, or None.
         train: whether memories are updated.
-        pool: ``"token"``, ``"mean"`` or ``"none"``.
+        pool: as `Mechanism` takes it.
         rows_per_sample: consecutive rows of ``x`` that belong to one sample.
     """
-    # Plain activations have no attribute ``pool`` and take no such arguments.
-    if getattr(module, "pool", "set") is None:
-        return module(x, labels, train, pool=pool, rows_per_sample=rows_per_sample)
-    return module(x, labels, train)
+    if not isinstance(module, Mechanism):
+        return module(x, labels, train)
+    own = getattr(module, "pool", None)
+    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:

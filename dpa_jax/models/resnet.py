@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -65,8 +64,6 @@ class ResNet(ImageModel):
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
 
-    pool: ClassVar[str] = "mean"
-
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Classifies images.
@@ -93,7 +90,6 @@ class ResNet(ImageModel):
                     name=f"stage{stage}_block{i}",
                 )(x, labels, train)
             if self.arr:
-                arr = ARR(self.num_classes, pool="mean", name=f"arr{stage}")
-                x = activate(arr, x, labels, train, pool="mean")
+                x = ARR(self.num_classes, name=f"arr{stage}")(x, labels, train, pool="mean")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return nn.Dense(self.num_classes, name="head")(x)

@@ -19,7 +19,6 @@ from dpa_jax.models.layers import (
     ImageModel,
     LayerNorm,
     Mlp,
-    activate,
     drop_path,
     normal_init,
     repeat,
@@ -49,7 +48,7 @@ class Block(nn.Module):
         y = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = x + drop_path(self, mlp(y, labels, train), drop_rate, train)
         if self.arr:
-            x = activate(self.arr(name="arr"), x, labels, train, pool="token")
+            x = self.arr(name="arr")(x, labels, train, pool="token")
         return x, None
 
 
@@ -83,8 +82,6 @@ class ViT(ImageModel):
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     scan: bool = True
-
-    pool: ClassVar[str] = "token"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:

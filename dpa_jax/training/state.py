@@ -72,8 +72,6 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     takes = inspect.signature(mechanism).parameters
     if "num_classes" in takes:
         options["num_classes"] = num_classes
-    if "pool" in takes:
-        options.setdefault("pool", models.model_class(config.model).pool)
     given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
 
