@@ -1,11 +1,10 @@
-"""Models by name. A new one: a file here that takes ``activation=``, and a line in `MODELS`."""
+"""Models by name. A new one: a file here that takes ``activation=``, and a line in `MODELS`, or `register`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 
@@ -21,6 +20,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny_patch4_32": functools.partial(ViT, image_size=32, patch_size=4),
     "vit_tiny_patch16_224": functools.partial(ViT, image_size=224, patch_size=16),
 }
+"""Name -> factory of models; `register` adds to it."""
 
 
 def create(name: str, num_classes: int, **options) -> nn.Module:
@@ -32,23 +32,37 @@ def create(name: str, num_classes: int, **options) -> nn.Module:
         **options: attributes of the model: ``activation=`` (a factory, see `dpa_jax.activation`), sizes.
 
     Returns:
-        A linen module; ``model.apply(variables, images, labels=None, train=False)`` returns logits [B, K].
+        A linen module; ``model.apply(variables, inputs, labels=None, train=False)`` returns logits [B, K], and
+        ``model.example_inputs`` are the shapes and dtypes of its inputs, with a batch axis of 1.
 
     Raises:
         ValueError: for an unknown name or option, with the nearest one.
     """
     check_choice("models.create", "name", name, MODELS)
     factory = MODELS[name]
-    fields = inspect.signature(model_class(name)).parameters.keys() - {"parent", "name"}
+    attributes = inspect.signature(factory).parameters.keys() - {"num_classes", "parent", "name"}
     for option in options:
-        check_choice(f"model {name!r}", "an option", option, sorted(fields))
+        check_choice(f"model {name!r}", "an option", option, sorted(attributes))
     return factory(num_classes=num_classes, **options)
 
 
-def model_class(name: str) -> Any:
-    """The class that a key of `MODELS` makes modules of; its ``pool`` is what its activations want."""
-    factory: Any = MODELS[name]
-    return factory.func if isinstance(factory, functools.partial) else factory
+def register(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Adds a model, so that `create` and the configurations know it by name.
+
+    Args:
+        name: not taken yet.
+        factory: a linen module class, or what takes its options by name, ``num_classes`` and ``activation`` among
+            them. Its modules have ``example_inputs`` and are called as `create` says.
+
+    Raises:
+        ValueError: if the name is taken.
+        TypeError: if ``factory`` cannot be called.
+    """
+    if name in MODELS:
+        raise ValueError(f"register: the name {name!r} is taken by {MODELS[name]}; choose another")
+    if not callable(factory):
+        raise TypeError(f"register: factory must be a module class or another callable; got {factory!r}")
+    MODELS[name] = factory
 
 
-__all__ = ["MODELS", "ResNet", "ViT", "create", "model_class", "params_from_torch"]
+__all__ = ["MODELS", "ResNet", "ViT", "create", "params_from_torch", "register"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
-from dpa_jax.activations import activation as make_activation
+from dpa_jax.models.layers import ImageModel, activate
 
 # He et al., 2015, for what comes out of a convolution; PyTorch's reference ResNets start so.
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -44,44 +43,26 @@ class BasicBlock(nn.Module):
         """Transforms feature maps."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         y = norm(name="norm1")(_conv(self.features, 3, self.stride, self.dtype, "conv1")(x))
-        y = self.activation(name="activation1")(y, labels, train)
+        y = activate(self.activation(name="activation1"), y, labels, train, pool="mean")
         y = norm(name="norm2")(_conv(self.features, 3, 1, self.dtype, "conv2")(y))
         if x.shape != y.shape:
             x = norm(name="norm_shortcut")(_conv(self.features, 1, self.stride, self.dtype, "conv_shortcut")(x))
-        return self.activation(name="activation2")(x + y, labels, train)
+        return activate(self.activation(name="activation2"), x + y, labels, train, pool="mean")
 
 
-class ResNet(nn.Module):
+class ResNet(ImageModel):
     """A ResNet of basic blocks for images of CIFAR's size.
 
-    Feature maps are pooled by their mean: activations that remember want ``pool="mean"``.
+    Blocks are not scanned: the first of a stage has another shape, and too few equal ones are left.
 
-    Attributes:
-        num_classes: K, the width of the logits.
-        activation: factory of the activation after every convolution; called as ``module(x, labels, train)``.
-        image_size: height and width of the images, in pixels.
-        in_channels: channels of the images.
+    Attributes (besides those of `ImageModel`; ``activation`` follows every convolution, ``arr`` every stage, and both
+    pool feature maps by their mean):
         stage_sizes: blocks in each stage; every stage but the first halves the resolution.
         width: channels of the first stage; every other doubles them.
-        arr: an `ARR` after every stage, on the mean of its feature maps (DNRT).
-        dtype: compute dtype; parameters, statistics and logits are float32.
     """
 
-    num_classes: int
-    activation: Callable[..., nn.Module] = make_activation("relu")
-    image_size: int = 32
-    in_channels: int = 3
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
-    arr: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    pool: ClassVar[str] = "mean"
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the images that the model takes."""
-        return (self.image_size, self.image_size, self.in_channels)
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
@@ -95,11 +76,10 @@ class ResNet(nn.Module):
         Returns:
             Logits [B, K] float32.
         """
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"ResNet: images must be [B, {', '.join(map(str, self.image_shape))}]; got {images.shape}")
+        self.check_images(images)
         x = _conv(self.width, 3, 1, self.dtype, "conv")(images.astype(self.dtype))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
-        x = self.activation(name="activation")(x, labels, train)
+        x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
         for stage, blocks in enumerate(self.stage_sizes):
             for i in range(blocks):
                 x = BasicBlock(
@@ -110,6 +90,6 @@ class ResNet(nn.Module):
                     name=f"stage{stage}_block{i}",
                 )(x, labels, train)
             if self.arr:
-                x = ARR(self.num_classes, pool=self.pool, name=f"arr{stage}")(x, labels, train)
+                x = ARR(self.num_classes, name=f"arr{stage}")(x, labels, train, pool="mean")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return nn.Dense(self.num_classes, name="head")(x)

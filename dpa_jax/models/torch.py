@@ -1,8 +1,13 @@
-"""Parameters from PyTorch."""
+"""Parameters from PyTorch.
+
+A model's ``torch_names`` maps the dotted names of its modules (or single parameters) to PyTorch's; the longest one that
+fits counts, and names without an entry are the same there. A ``*`` stands for the number of a layer, whose arrays
+are stacked along the leading axis here.
+"""
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -19,7 +24,7 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
     is not needed. Linear and convolution weights are transposed to Flax's layouts.
 
     Args:
-        model: a model of this package; its ``torch_names`` says how names correspond.
+        model: a model of this package with ``torch_names``.
         arrays: {PyTorch name: array}, all parameters of the model and no others.
 
     Returns:
@@ -29,40 +34,53 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
         ValueError: for a model without PyTorch names; naming the first array that is missing, unknown or of the
             wrong shape (with both shapes).
     """
+    owner = type(model).__name__
     if not hasattr(model, "torch_names"):
-        raise ValueError(f"{type(model).__name__} has no PyTorch names to load from")
-    example = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
-    expected = flatten_dict(shapes, sep=".")
-    params = {}
-    for torch_name, array in arrays.items():
-        name = torch_name
-        for pattern, replacement in model.torch_names:
-            name, found = re.subn("^" + pattern, replacement, name)
-            if found:
-                break
-        name, array = _to_flax(name, np.asarray(array, np.float32))
-        if name not in expected:
-            raise ValueError(f"{torch_name!r} is no parameter of {type(model).__name__} (there is no {name!r})")
-        if array.squeeze().shape == expected[name].shape:
+        raise ValueError(f"{owner} has no PyTorch names to load from")
+    params = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)["params"], sep=".")
+    # {PyTorch name: (name here, shape of one layer)}, the layers of a stack in order.
+    places: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path, leaf in params.items():
+        name = torch_name(path, model.torch_names)
+        if "*" in name:
+            places |= {name.replace("*", str(layer)): (path, leaf.shape[1:]) for layer in range(leaf.shape[0])}
+        else:
+            places[name] = (path, leaf.shape)
+
+    found = {}
+    for name, array in arrays.items():
+        if name not in places:
+            raise ValueError(f"{name!r} is no parameter of {owner}")
+        path, shape = places[name]
+        array = np.asarray(array, np.float32)
+        if path.endswith(".kernel"):  # Linear [out, in] -> [in, out]; convolution [out, in, H, W] -> [H, W, in, out]
+            array = np.moveaxis(array, (1, 0), (-2, -1))
+        if array.squeeze().shape == shape:
             array = array.squeeze()  # a Linear to one feature keeps an axis for it
-        if array.shape != expected[name].shape:
-            raise ValueError(
-                f"{torch_name!r} has shape {array.shape} in Flax's layout; "
-                f"{type(model).__name__} wants {expected[name].shape} for {name!r}"
-            )
-        params[name] = jnp.asarray(array)
-    missing = sorted(expected.keys() - params.keys())
+        if array.shape != shape:
+            raise ValueError(f"{name!r} has shape {array.shape} in Flax's layout; {owner} wants {shape} for {path!r}")
+        found[name] = array
+    missing = [name for name in places if name not in found]
     if missing:
-        raise ValueError(f"no array given for {missing[0]!r} ({len(missing)} of {len(expected)} are missing)")
-    return unflatten_dict(params, sep=".")
+        raise ValueError(f"no array given for {missing[0]!r} ({len(missing)} of {len(places)} are missing)")
+
+    layers = defaultdict(list)
+    for name, (path, _) in places.items():
+        layers[path].append(found[name])
+    stacked = {path: jnp.asarray(np.stack(layers[path])).reshape(leaf.shape) for path, leaf in params.items()}
+    return unflatten_dict(stacked, sep=".")
 
 
-def _to_flax(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    if not name.endswith(".weight"):
-        return name, array
-    module = name.removesuffix("weight")
-    if array.ndim == 1:
-        return module + "scale", array
-    # Linear [out, in] -> [in, out]; convolution [out, in, H, W] -> [H, W, in, out].
-    return module + "kernel", np.moveaxis(array, (1, 0), (-2, -1))
+def torch_name(path: str, names: Mapping[str, str]) -> str:
+    """PyTorch's name of a parameter: ``"blocks.norm1.scale"`` is ``"blocks.*.norm1.weight"``.
+
+    Args:
+        path: the dotted name here.
+        names: a model's ``torch_names``.
+    """
+    if path in names:
+        return names[path]
+    module, _, leaf = path.rpartition(".")
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    known = max((ours for ours in names if f"{module}.".startswith(f"{ours}.")), key=len, default="")
+    return f"{names.get(known, known)}{module.removeprefix(known)}.{leaf}"

@@ -96,9 +96,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
     size = config.augment.image_size
     for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
         given = (size or height, size or width, channels)
-        if model.image_shape != given:
+        if (wanted := model.example_inputs.shape[1:]) != given:
             raise ValueError(
-                f"model {config.model!r} takes images of shape {model.image_shape}; those of data {config.data.name!r} "
+                f"model {config.model!r} takes images of shape {wanted}; those of data {config.data.name!r} "
                 f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
             )
 

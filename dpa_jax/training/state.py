@@ -72,8 +72,6 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     takes = inspect.signature(mechanism).parameters
     if "num_classes" in takes:
         options["num_classes"] = num_classes
-    if "pool" in takes:
-        options.setdefault("pool", models.model_class(config.model).pool)
     given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
 
@@ -100,7 +98,8 @@ def create_state(
     """The state before the first step; a function of the seed alone."""
     key = jax.random.key(seed)
     init_key, run_key = jax.random.split(key)
-    variables = dict(model.init(init_key, jnp.zeros((1, *model.image_shape))))
+    examples = jax.tree.map(lambda example: jnp.zeros(example.shape, example.dtype), model.example_inputs)
+    variables = dict(model.init(init_key, examples))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -29,8 +29,7 @@ def small_run(mechanism, **options):
 @pytest.mark.parametrize(("num_classes", "parameters"), [(10, 11_173_962), (100, 11_220_132)])
 def test_parameter_counts(num_classes, parameters):
     model = dpa_jax.models.create("resnet18", num_classes)
-    example = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 

@@ -13,6 +13,7 @@ import pytest
 import dpa_jax
 from dpa_jax.config import default_config
 from dpa_jax.data.batch import Batch
+from dpa_jax.models import vit
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -47,10 +48,10 @@ def memories(state, i):
     found = {}
     names = {"active": "activation_counts", "inhibited": "inhibition_counts", "total": "total_counts"}
     for collection, tree in {**state.model_state, "backward_memory": state.backward_memory}.items():
-        place = tree.get(f"arr{i}") or tree.get(f"block{i}", {}).get("mlp", {}).get("activation", {})
-        for name, value in place.items():
+        blocks = tree.get("blocks", {})
+        for name, value in (blocks.get("arr") or blocks.get("mlp", {}).get("activation", {})).items():
             if name in names or name == "mean":
-                found[names.get(name, collection.removesuffix("_memory"))] = value
+                found[names.get(name, collection.removesuffix("_memory"))] = value[i]
     return found
 
 
@@ -90,10 +91,9 @@ def test_training_follows_the_authors_program(golden, mechanism):
     expected = dpa_jax.models.params_from_torch(model, final)
     width = recorded["embed_dim"]
     for params in (expected, state.params):
-        for i in range(recorded["depth"]):
-            # A key's bias shifts all of a query's scores alike: its gradient is rounding, which Adam makes steps of.
-            qkv = params[f"block{i}"]["attention"]["qkv"]
-            qkv["bias"] = np.delete(qkv["bias"], np.s_[width : 2 * width])
+        # A key's bias shifts all of a query's scores alike: its gradient is rounding, which Adam makes steps of.
+        qkv = params["blocks"]["attention"]["qkv"]
+        qkv["bias"] = np.delete(qkv["bias"], np.s_[width : 2 * width], axis=-1)
     jax.tree.map(close, state.params, expected)
 
 
@@ -142,8 +142,7 @@ def test_first_gradients_are_the_authors(golden):
 )
 def test_parameter_counts(name, num_classes, parameters):
     model = dpa_jax.models.create(name, num_classes)
-    example = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
 
 
@@ -200,19 +199,15 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_stochastic_depth_rises_linearly_from_zero(depth):
-    rates = []
+def test_stochastic_depth_rises_linearly_from_zero(depth, monkeypatch):
+    def drop_path(module, x, rate, train):
+        module.sow("rates", "rate", rate)
+        return x
 
-    class Probe(nn.Dropout):
-        def __call__(self, *args, **kwargs):
-            rates.append(self.rate)
-            return super().__call__(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn, "Dropout", Probe)
-        small(depth=depth, stochastic_depth=0.1, dropout=0.7).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    drop_path = [rate for rate in rates if rate != 0.7]
-    np.testing.assert_allclose(drop_path, np.repeat(np.linspace(0, 0.1, depth), 2))
+    monkeypatch.setattr(vit, "drop_path", drop_path)
+    model = small(depth=depth, stochastic_depth=0.1)
+    rates = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["rates"]["blocks"]["rate"]
+    np.testing.assert_allclose(rates, [np.linspace(0, 0.1, depth)] * 2, rtol=1e-6)
 
 
 def test_dropout_is_for_training_only():
@@ -254,6 +249,115 @@ def test_padded_samples_of_an_evaluation_change_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, few)
 
 
+# ---------------- blocks in a scan ----------------
+
+
+class AllMechanisms(nn.Module):
+    """DPA and AIEC in one activation."""
+
+    @nn.compact
+    def __call__(self, x, labels=None, train=False):
+        for mechanism in (dpa_jax.DPA, dpa_jax.AIEC):
+            x = mechanism(5, update_interval=1, pool="token")(x - 0.01, labels, train)
+        return x
+
+
+def test_scanned_and_unrolled_blocks_are_the_same_model():
+    """Initialisation and two steps, with dropout and stochastic depth; both go on from the scanned form's state."""
+    options = {"activation": AllMechanisms, "arr": True, "dropout": 0.2, "stochastic_depth": 0.5}
+    models = [small(**options), small(**options, scan=False)]
+    images = jax.random.normal(jax.random.key(1), (12, 8, 8, 3))
+    labels = jnp.arange(12) % 5
+
+    def step(model, variables, key):
+        def loss_fn(params, backward_memory):
+            logits, mutated = model.apply(
+                {**variables, "params": params, "backward_memory": backward_memory},
+                images,
+                labels,
+                train=True,
+                mutable=dpa_jax.MUTABLE,
+                rngs={"dropout": key},
+            )
+            penalties = dpa_jax.penalties(mutated)
+            memories = {name: tree for name, tree in mutated.items() if name in variables}
+            entropies = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.mean(entropies) + sum(penalties.values()), (logits, penalties, memories)
+
+        gradients_of = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+        return gradients_of(variables["params"], variables["backward_memory"])
+
+    def close(actual, desired):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
+
+    variables, unrolled = (jax.jit(model.init)(jax.random.key(0), images) for model in models)
+    jax.tree.map(close, unrolled, variables)
+    steps = [jax.jit(functools.partial(step, model)) for model in models]
+    for t in range(2):
+        scanned, unrolled = (run(variables, jax.random.key(t)) for run in steps)
+        jax.tree.map(close, unrolled, scanned)
+        (gradients, update), (_, _, memories) = scanned
+        params = jax.tree.map(lambda a, b: a - 0.1 * b, variables["params"], gradients)
+        backward_memory = optax.apply_updates(variables["backward_memory"], update)
+        variables = {**variables, **memories, "params": params, "backward_memory": backward_memory}
+    penalties = scanned[1][1]
+    assert penalties.keys() == {"channel", "aux", "gate", "arr"} and min(penalties.values()) > 0
+
+
+def test_a_scan_is_a_loop_and_an_unrolled_one_is_none():
+    def loops(model):
+        variables = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)
+        loss = jax.grad(lambda variables, images: jnp.sum(model.apply(variables, images, train=True)))
+        return jax.jit(loss).lower(variables, model.example_inputs).as_text().count("stablehlo.while")
+
+    assert loops(small(depth=3)) == 2  # one there and one back
+    assert loops(small(depth=3, scan=False)) == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_activation_of_ones_own_has_its_variables_stacked(depth):
+    class Counting(nn.Module):
+        """Parameters, a collection that nobody here knows, and a random stream of its own."""
+
+        @nn.compact
+        def __call__(self, x, labels=None, train=False):
+            slope = self.param("slope", nn.initializers.normal(), (x.shape[-1],))
+            calls = self.variable("usage", "calls", jnp.zeros, (), jnp.int32)
+            if train:
+                calls.value += 1
+                x += jax.random.normal(self.make_rng("noise"), x.shape)
+            self.sow("seen", "first", x[0, 0])
+            return x * jnp.broadcast_to(slope, x.shape)
+
+    model = small(depth=depth, activation=Counting)
+    images = jnp.zeros((2, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["usage", "seen"]))
+    _, mutated = apply(
+        {name: variables[name] for name in ("params", "usage")}, images, rngs={"noise": jax.random.key(1)}
+    )
+    np.testing.assert_array_equal(mutated["usage"]["blocks"]["mlp"]["activation"]["calls"], np.ones(depth))
+    # Every block draws its own parameters and its own noise.
+    slopes = variables["params"]["blocks"]["mlp"]["activation"]["slope"]
+    (seen,) = mutated["seen"]["blocks"]["mlp"]["activation"]["first"]
+    for rows in (slopes, seen):
+        assert rows.shape == (depth, 48) and len(np.unique(rows, axis=0)) == depth
+
+
+# ---------------- names ----------------
+
+
+def test_a_registered_model_is_known_by_name_and_takes_its_options(monkeypatch):
+    monkeypatch.setattr(dpa_jax.models, "MODELS", dict(dpa_jax.models.MODELS))
+    dpa_jax.models.register("narrow", functools.partial(dpa_jax.models.ViT, embed_dim=12))
+    model = dpa_jax.models.create("narrow", 5, depth=2)
+    assert (model.embed_dim, model.depth, model.num_classes) == (12, 2, 5)
+    with pytest.raises(ValueError, match="'narrow' is taken"):
+        dpa_jax.models.register("narrow", dpa_jax.models.ViT)
+    with pytest.raises(TypeError, match="must be a module class"):
+        dpa_jax.models.register("other", "vit")
+
+
 # ---------------- bad input ----------------
 
 
@@ -264,6 +368,7 @@ def test_padded_samples_of_an_evaluation_change_nothing():
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 12"),
         ({"widht": 3}, r"an option must be one of .*; got 'widht'"),
         ({"embed_dims": 3}, "Did you mean 'embed_dim'"),
+        ({"depth": 0}, "depth must be at least 1; got 0"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -305,11 +410,14 @@ def torch_arrays():
 def test_params_from_torch_names_what_is_wrong():
     arrays = torch_arrays()
     fine = dpa_jax.models.params_from_torch(small(), arrays)
-    assert fine["block1"]["attention"]["qkv"]["kernel"].shape == (12, 36)
+    assert fine["blocks"]["attention"]["qkv"]["kernel"].shape == (2, 12, 36)
     with pytest.raises(ValueError, match=r"'head.weight' has shape \(12, 7\).* wants \(12, 5\) for 'head.kernel'"):
         dpa_jax.models.params_from_torch(small(), {**arrays, "head.weight": np.zeros((7, 12))})
     with pytest.raises(ValueError, match=r"'blocks.2.norm1.weight' is no parameter of ViT"):
         dpa_jax.models.params_from_torch(small(), {**arrays, "blocks.2.norm1.weight": np.zeros(12)})
-    del arrays["norm.bias"]
-    with pytest.raises(ValueError, match=r"no array given for 'norm.bias'"):
-        dpa_jax.models.params_from_torch(small(), arrays)
+    with pytest.raises(ValueError, match=r"'blocks.1.attn.qkv.bias' has shape \(7,\).* wants \(36,\)"):
+        dpa_jax.models.params_from_torch(small(), {**arrays, "blocks.1.attn.qkv.bias": np.zeros(7)})
+    for missing in ("norm.bias", "blocks.1.mlp.fc1.weight"):
+        others = {name: array for name, array in arrays.items() if name != missing}
+        with pytest.raises(ValueError, match=rf"no array given for '{missing}' \(1 of 32 are missing\)"):
+            dpa_jax.models.params_from_torch(small(), others)

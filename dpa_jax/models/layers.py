@@ -1,0 +1,168 @@
+"""Parts that several models share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpa_jax.activations import Mechanism
+from dpa_jax.activations import activation as make_activation
+
+# The papers' programs cut this normal at +-2, a hundred standard deviations out.
+normal_init = nn.initializers.normal(0.02)
+Dense = functools.partial(nn.Dense, kernel_init=normal_init)
+# Two passes over the features: the fast variance, E[x^2] - E[x]^2, loses digits.
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+class ImageModel(nn.Module):
+    """Base class of models that classify images: their common attributes and the check of their inputs.
+
+    Attributes:
+        num_classes: K, the width of the logits.
+        activation: factory of activation modules, which are called as ``module(x, labels, train)``.
+        image_size: height and width of the images, in pixels.
+        in_channels: channels of the images.
+        arr: whether an `ARR` follows every block or stage (DNRT).
+        dtype: compute dtype; parameters, statistics and logits are float32.
+    """
+
+    num_classes: int
+    activation: Callable[..., nn.Module] = make_activation("relu")
+    image_size: int = 32
+    in_channels: int = 3
+    arr: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def example_inputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of one normalised image, with a batch axis of 1: [1, H, W, C] float32."""
+        return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.in_channels), jnp.float32)
+
+    def check_images(self, images: jax.Array) -> None:
+        """Raises ValueError unless ``images`` is a batch like `example_inputs`."""
+        shape = self.example_inputs.shape[1:]
+        if images.shape[1:] != shape:
+            raise ValueError(
+                f"{type(self).__name__}: images must be [B, {', '.join(map(str, shape))}]; got {images.shape}"
+            )
+
+
+def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:
+    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
+    bound = (size * size * in_features) ** -0.5
+    return nn.Conv(
+        features,
+        (size, size),
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
+        **options,
+    )
+
+
+def activate(
+    module: nn.Module,
+    x: jax.Array,
+    labels: jax.Array | None,
+    train: bool,
+    *,
+    pool: str,
+    rows_per_sample: int = 1,
+) -> jax.Array:
+    """Calls an activation, and tells a mechanism how ``x`` becomes one vector per sample at this place.
+
+    Args:
+        module: any activation; a mechanism's own ``pool``, where set, takes precedence.
+        x: its input.
+        labels: [B] integers, or None.
+        train: whether memories are updated.
+        pool: as `Mechanism` takes it.
+        rows_per_sample: consecutive rows of ``x`` that belong to one sample.
+    """
+    if not isinstance(module, Mechanism):
+        return module(x, labels, train)
+    own = getattr(module, "pool", None)
+    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
+
+
+def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples, and scales up the others.
+
+    Args:
+        module: the one that calls; its ``dropout`` key is used.
+        x: [B, ...], the branch's output.
+        rate: probability of a drop, a scalar that may be traced (a scanned block's). None is 0.
+        train: False changes nothing.
+    """
+    if rate is None or not train:
+        return x
+    keep = 1.0 - rate
+    kept = jax.random.bernoulli(module.make_rng("dropout"), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
+
+
+def repeat(block: type[nn.Module], length: int, scan: bool) -> Callable[..., Any]:
+    """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
+
+    Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
+    depend on ``scan``: checkpoints of one form serve the other.
+
+    Args:
+        block: called as ``block(...)(x, own, labels, train)``, where ``own`` is the block's part of an array (or
+            pytree) with a leading axis of length ``length``; it returns ``(x, None)``.
+        length: number of blocks.
+        scan: True compiles one block and loops over it, False compiles all blocks.
+
+    Returns:
+        The class, with the attributes of ``block``; its modules return ``(x, None)``.
+    """
+    return nn.scan(
+        block,
+        variable_axes={True: 0},
+        split_rngs={True: True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=length,
+        unroll=1 if scan else length,
+    )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, D] -> [B, N, D]; one product makes queries, keys and values."""
+
+    num_heads: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Mixes the tokens of each sample."""
+        features = x.shape[-1]
+        qkv = Dense(3 * features, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, features // self.num_heads)
+        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        y = Dense(features, dtype=self.dtype, name="projection")(y.reshape(x.shape))
+        return nn.Dropout(self.dropout)(y, deterministic=not train)
+
+
+class Mlp(nn.Module):
+    """Dense, activation, Dense: [B, N, D] -> [B, N, D]; ``pool`` is what its activation pools by (`activate`)."""
+
+    hidden_dim: int
+    activation: Callable[..., nn.Module]
+    pool: str
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
+        """Transforms each token."""
+        y = Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
+        y = activate(self.activation(name="activation"), y, labels, train, pool=self.pool)
+        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = Dense(x.shape[-1], dtype=self.dtype, name="reduce")(y)
+        return nn.Dropout(self.dropout)(y, deterministic=not train)
