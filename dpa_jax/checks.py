@@ -1,9 +1,11 @@
-"""Early, plain errors for what users give."""
+"""Early errors of one line for what configurations, models and activations are given."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,44 @@ def check_range(owner: str, argument: str, value: float, low: float | None = Non
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{owner}: {argument} must be {allowed}; got {value}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float; a bool is none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def check_type(owner: str, argument: str, value: Any, default: Any) -> None:
+    """Raises ValueError unless ``value`` is of the type of ``default``; an int will do for a float."""
+    if isinstance(default, float):
+        fits, wanted = is_number(value), "a finite float"
+    else:
+        fits, wanted = type(value) is type(default), f"of type {type(default).__name__}"
+    if not fits:
+        raise ValueError(f"{owner}: {argument} must be {wanted}; got {value!r} of type {type(value).__name__}")
+
+
+def check_options(
+    owner: str, factory: Callable, options: Mapping[str, Any], group: str = "options", given: Iterable[str] = ()
+) -> None:
+    """Raises ValueError for an option that a module does not have, or whose type is not its default's.
+
+    Args:
+        owner: who is given the options, for the message.
+        factory: the module's class, or a callable with its attributes as parameters.
+        options: attributes by name.
+        group: what the message calls the options.
+        given: attributes that the caller sets itself; they are no options.
+    """
+    parameters = inspect.signature(factory).parameters
+    allowed = [name for name in parameters if name not in ("parent", "name", *given)]
+    for name, value in options.items():
+        if not allowed:
+            raise ValueError(f"{owner}: {group} must be empty here, there are no options; got {name!r}")
+        check_choice(owner, f"a key of {group}", name, allowed)
+        default = parameters[name].default
+        if isinstance(default, bool | int | float | str):  # the types of others do not show in the default
+            check_type(owner, f"{group}.{name}", value, default)
 
 
 def check_labels(owner: str, x: jax.Array, labels: jax.Array, rows_per_sample: int = 1) -> None:

@@ -26,8 +26,6 @@ from dpa_jax.extras import require_train
 # Of the configurations that come with dpa_jax: inside of an installed package, beside it in a clone.
 _FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]
 
-_FREE = ("checkpoint.", "log_every_seconds", "data.dir", "data.download", "data.resident", "data.workers")
-
 
 def run(
     main: Callable[[flags.FlagValues], None],
@@ -134,10 +132,12 @@ def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path
     """
     from ml_collections import config_flags
 
+    from dpa_jax.config import check_key
+
     changes = [
         f"{key}={value}"
         for key, value in sorted(config_flags.get_override_values(options["config"]).items())
-        if not key.startswith(_FREE)
+        if check_key(key).changes_figures
     ]
     stem = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
     name = ",".join([prefix + stem, *changes])

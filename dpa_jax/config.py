@@ -1,4 +1,4 @@
-"""The configuration of a run: every key with its default, and the check that refuses what cannot run.
+"""The configuration of a run: every key with its default and its check.
 
 A configuration file starts from `default_config` and changes keys; the command line changes them again::
 
@@ -11,14 +11,13 @@ A configuration file starts from `default_config` and changes keys; the command 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpa_jax.checks import check_choice, check_range
-from dpa_jax.data.augment import parse_policy
+from dpa_jax.activations import default_coefficients
+from dpa_jax.checks import check_choice, check_range, check_type, is_number
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
 SCHEDULES = ("cosine", "step", "multistep", "constant")
@@ -28,12 +27,192 @@ INTERPOLATIONS = ("bilinear", "bicubic", "random")
 RESIDENCES = ("auto", "device", "host")
 CORRUPT = ("refuse", "replace")
 
-# What a mechanism may add to the loss. A configuration may weigh one that its own mechanism does not have:
-# the mechanism is what the command line changes.
-PENALTIES = ("channel", "arr", "aux", "gate")
+Check = Callable[[str, Any], None]
+"""(key with its dots, value) -> None; raises ValueError."""
 
-# What is in these is for the activation, the model and the loss to say: any key may be added.
-FREE = ("mechanism_options", "coefficients", "model_options")
+
+class Key(NamedTuple):
+    """One key of a configuration.
+
+    Attributes:
+        default: its value where nothing else is said, which decides its type. A dict is a group that takes any key:
+            the activation, the model and the loss say which they know.
+        check: refuses values that make no sense.
+        changes_figures: whether another value gives other figures; if so, a run cannot go on with it unasked.
+    """
+
+    default: Any
+    check: Check = lambda path, value: None
+    changes_figures: bool = True
+
+
+def _must(be: str, holds: Callable[[Any], bool]) -> Check:
+    def check(path: str, value: Any) -> None:
+        if not holds(value):
+            raise ValueError(f"config: {path} must be {be}; got {value}")
+
+    return check
+
+
+def _at_least(low: float) -> Check:
+    return lambda path, value: check_range("config", path, value, low)
+
+
+def _between(low: float, high: float) -> Check:
+    return lambda path, value: check_range("config", path, value, low, high)
+
+
+def _one_of(names: tuple[str, ...]) -> Check:
+    return lambda path, value: check_choice("config", path, value, names)
+
+
+def _numbers(values: tuple) -> bool:
+    return all(map(is_number, values))
+
+
+_positive = _must("more than 0", lambda value: value > 0)
+_decay = _must("in [0, 1)", lambda value: 0 <= value < 1)  # at 1 the correction of the bias divides by 0
+_rising = _must(
+    "whole numbers of epochs, rising, from 1",
+    lambda epochs: all(type(e) is int and e >= 1 for e in epochs) and list(epochs) == sorted(set(epochs)),
+)
+_interval = _must("(low, high), more than 0", lambda i: len(i) == 2 and _numbers(i) and 0 < i[0] <= i[1])
+_shares = _must(
+    "(low, high), more than 0, at most 1.0", lambda i: len(i) == 2 and _numbers(i) and 0 < i[0] <= i[1] <= 1
+)
+_jitter = _must(
+    "4 numbers, for brightness, contrast, saturation and hue, none under 0 and the last at most 0.5",
+    lambda amounts: len(amounts) == 4 and _numbers(amounts) and min(amounts) >= 0 and amounts[3] <= 0.5,
+)
+
+
+def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
+    for name, value in coefficients.items():
+        check_choice("config", f"a key of {path}", name, default_coefficients())
+        if not is_number(value):
+            raise ValueError(f"config: {path}.{name} must be a number; got {value!r}")
+
+
+def _known_keys(path: str, text: str) -> None:
+    for key in split_keys(text):
+        check_key(key, f"config: {path}")
+
+
+def _keys() -> dict[str, Any]:
+    """Every key by name; a dict is a group of keys."""
+    return {
+        # A name that `dpa_jax.activation` knows, or dnrt (RAA, with ARR behind every block); the options it has.
+        "mechanism": Key("dpa"),
+        "mechanism_options": Key({}),
+        # The weight of each penalty in the loss. The mechanism may lack one: it is what the command line changes.
+        "coefficients": Key(default_coefficients(), _coefficients),
+        # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
+        "model": Key("vit"),
+        "model_options": Key({}),
+        # Examples in a training batch and in an evaluation batch, over all devices together.
+        "batch_size": Key(256, _at_least(1)),
+        "eval_batch_size": Key(256, _at_least(1)),
+        # How often the training set is gone through.
+        "epochs": Key(300, _at_least(1)),
+        # Of the initial parameters, the order of the examples, augmentation and dropout.
+        "seed": Key(0, _between(0, 2**32 - 1)),
+        # The share of the target that is spread evenly over all classes.
+        "label_smoothing": Key(0.0, _between(0.0, 1.0)),
+        # What the model computes in; parameters, memories and the loss are float32 always.
+        "precision": Key("float32", _one_of(PRECISIONS)),
+        # Gradients are scaled down to this global norm; 0 leaves them as they are.
+        "clip_norm": Key(1.0, _at_least(0.0)),
+        "optimizer": {
+            "name": Key("adamw", _one_of(OPTIMIZERS)),
+            # The highest rate; the schedule leads to it and down from it.
+            "learning_rate": Key(1e-3, _positive),
+            # On every parameter: decoupled for adamw, added to the gradient for the others.
+            "weight_decay": Key(0.05, _at_least(0.0)),
+            # adamw and adam: decay of the running mean of gradients.
+            "beta1": Key(0.9, _decay),
+            # adamw, adam and rmsprop: decay of the running mean of squared gradients.
+            "beta2": Key(0.999, _decay),
+            # adamw, adam and rmsprop: added to the root of that mean.
+            "eps": Key(1e-8, _positive),
+            # sgd and rmsprop.
+            "momentum": Key(0.9, _between(0.0, 1.0)),
+        },
+        "schedule": {
+            "name": Key("cosine", _one_of(SCHEDULES)),
+            # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
+            "warmup_epochs": Key(0, _at_least(0)),
+            "warmup_learning_rate": Key(1e-6, _at_least(0.0)),
+            # cosine: the rate at the end.
+            "min_learning_rate": Key(0.0, _at_least(0.0)),
+            # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
+            "step_epochs": Key(30, _at_least(1)),
+            # multistep: the same after each of these numbers of epochs.
+            "milestones": Key((150, 225), _rising),
+            "gamma": Key(0.1, _positive),
+        },
+        "data": {
+            # A source that `dpa_jax.data.sources` knows, or tfds:NAME for a set that TFDS has prepared.
+            "name": Key("digits"),
+            # The folder to look in; empty: the usual places.
+            "dir": Key("", changes_figures=False),
+            # Fetch what is missing.
+            "download": Key(False, changes_figures=False),
+            # synthetic: what is made.
+            "image_size": Key(32, _at_least(1)),
+            "channels": Key(3, _at_least(1)),
+            "num_classes": Key(10, _at_least(1)),
+            "train_examples": Key(2048, _at_least(1)),
+            "test_examples": Key(512, _at_least(1)),
+            # Where the images are kept: on the device, in the host's memory, or wherever they fit.
+            "resident": Key("auto", _one_of(RESIDENCES), changes_figures=False),
+            # Per channel, of images scaled to [0, 1]; empty: the source's own.
+            "mean": Key(()),
+            "std": Key(()),
+            # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
+            "imbalance": Key(1.0, _at_least(1.0)),
+            # Images that are read at every step: processes that decode them; 0: threads of this one.
+            "workers": Key(0, _at_least(0), changes_figures=False),
+            # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
+            "corrupt": Key("refuse", _one_of(CORRUPT), changes_figures=False),
+        },
+        "augment": {
+            # The width and height that the model gets; 0: as the images are stored.
+            "image_size": Key(0, _at_least(0)),
+            # Training: none, pad (random crop of the padded image), resized (random resized crop).
+            "crop": Key("none", _one_of(CROPS)),
+            # pad: pixels added on each side.
+            "padding": Key(4, _at_least(0)),
+            # resized: the share of the area and the width-to-height ratio that are drawn from.
+            "scale": Key((0.08, 1.0), _shares),
+            "ratio": Key((3 / 4, 4 / 3), _interval),
+            "interpolation": Key("random", _one_of(INTERPOLATIONS)),
+            # The probability of a horizontal flip.
+            "flip": Key(0.0, _between(0.0, 1.0)),
+            # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
+            "rand_augment": Key(""),
+            # How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.
+            "color_jitter": Key((0.0, 0.0, 0.0, 0.0), _jitter),
+            # The probability that a rectangle becomes noise.
+            "erase": Key(0.0, _between(0.0, 1.0)),
+            # Pairs of images are mixed, weighed by a draw from Beta(alpha, alpha); 0: none. With both, either.
+            "mixup": Key(0.0, _at_least(0.0)),
+            "cutmix": Key(0.0, _at_least(0.0)),
+            # Evaluation: resize to this before the centre crop; 0: no resize.
+            "eval_resize": Key(0, _at_least(0)),
+        },
+        "checkpoint": {
+            # How many of the latest are kept, beside the best.
+            "keep": Key(3, _at_least(1), changes_figures=False),
+            # Steps between them; 0: at the end of each epoch only.
+            "every_steps": Key(0, _at_least(0), changes_figures=False),
+        },
+        # Epochs between evaluations; the last epoch is always followed by one.
+        "eval_every_epochs": Key(1, _at_least(1)),
+        # Seconds between progress lines where the output is not a terminal.
+        "log_every_seconds": Key(10.0, _at_least(0.0), changes_figures=False),
+        # Keys between commas that a run may go on with changed, although its figures change with them.
+        "allow_change": Key("", _known_keys, changes_figures=False),
+    }
 
 
 def default_config() -> ConfigDict:
@@ -43,123 +222,15 @@ def default_config() -> ConfigDict:
         A locked ConfigDict: setting a key that it does not have raises, with the nearest one named.
         `mechanism_options`, `coefficients` and `model_options` alone take new keys.
     """
-    config = ConfigDict(
-        {
-            # A name that `dpa_jax.activation` knows, or dnrt (RAA, with ARR behind every block); the options it has.
-            "mechanism": "dpa",
-            "mechanism_options": {},
-            # The weight of each penalty in the loss; these are the papers' for CIFAR-100.
-            "coefficients": {"channel": 5.0, "arr": 20.0, "aux": 1.0, "gate": 200.0},
-            # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
-            "model": "vit",
-            "model_options": {},
-            # Images in a training batch and in an evaluation batch, over all devices together.
-            "batch_size": 256,
-            "eval_batch_size": 256,
-            # How often the training images are gone through.
-            "epochs": 300,
-            # Of the initial parameters, the order of the images, augmentation and dropout.
-            "seed": 0,
-            # The share of the target that is spread evenly over all classes.
-            "label_smoothing": 0.0,
-            # What the model computes in; parameters, memories and the loss are float32 always.
-            "precision": "float32",
-            # Gradients are scaled down to this global norm; 0 leaves them as they are.
-            "clip_norm": 1.0,
-            "optimizer": {
-                "name": "adamw",
-                # The highest rate; the schedule leads to it and down from it.
-                "learning_rate": 1e-3,
-                # On every parameter: decoupled for adamw, added to the gradient for the others.
-                "weight_decay": 0.05,
-                # adamw and adam: decay of the running mean of gradients.
-                "beta1": 0.9,
-                # adamw, adam and rmsprop: decay of the running mean of squared gradients.
-                "beta2": 0.999,
-                # adamw, adam and rmsprop: added to the root of that mean.
-                "eps": 1e-8,
-                # sgd and rmsprop.
-                "momentum": 0.9,
-            },
-            "schedule": {
-                "name": "cosine",
-                # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
-                "warmup_epochs": 0,
-                "warmup_learning_rate": 1e-6,
-                # cosine: the rate at the end.
-                "min_learning_rate": 0.0,
-                # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
-                "step_epochs": 30,
-                # multistep: the same after each of these numbers of epochs.
-                "milestones": (150, 225),
-                "gamma": 0.1,
-            },
-            "data": {
-                # Where images come from: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet,
-                # synthetic, or tfds:NAME for a set that TFDS has prepared.
-                "name": "digits",
-                # The folder to look in; empty: the usual places.
-                "dir": "",
-                # Fetch what is missing.
-                "download": False,
-                # synthetic: what is made.
-                "image_size": 32,
-                "channels": 3,
-                "num_classes": 10,
-                "train_examples": 2048,
-                "test_examples": 512,
-                # Where the images are kept: on the device, in the host's memory, or wherever they fit.
-                "resident": "auto",
-                # Per channel, of images scaled to [0, 1]; empty: the source's own.
-                "mean": (),
-                "std": (),
-                # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
-                "imbalance": 1.0,
-                # Images that are read at every step: processes that decode them; 0: threads of this one.
-                "workers": 0,
-                # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
-                "corrupt": "refuse",
-            },
-            "augment": {
-                # The width and height that the model gets; 0: as the images are stored.
-                "image_size": 0,
-                # Training: none, pad (random crop of the padded image), resized (random resized crop).
-                "crop": "none",
-                # pad: pixels added on each side.
-                "padding": 4,
-                # resized: the share of the area and the width-to-height ratio that are drawn from.
-                "scale": (0.08, 1.0),
-                "ratio": (3 / 4, 4 / 3),
-                "interpolation": "random",
-                # The probability of a horizontal flip.
-                "flip": 0.0,
-                # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
-                "rand_augment": "",
-                # How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.
-                "color_jitter": (0.0, 0.0, 0.0, 0.0),
-                # The probability that a rectangle becomes noise.
-                "erase": 0.0,
-                # Pairs of images are mixed, weighed by a draw from Beta(alpha, alpha); 0: none. With both, either.
-                "mixup": 0.0,
-                "cutmix": 0.0,
-                # Evaluation: resize to this before the centre crop; 0: no resize.
-                "eval_resize": 0,
-            },
-            "checkpoint": {
-                # How many of the latest are kept, beside the best.
-                "keep": 3,
-                # Steps between them; 0: at the end of each epoch only.
-                "every_steps": 0,
-            },
-            # Epochs between evaluations; the last epoch is always followed by one.
-            "eval_every_epochs": 1,
-            # Seconds between progress lines where the output is not a terminal.
-            "log_every_seconds": 10.0,
-        }
-    )
+
+    def defaults(keys: dict[str, Any]) -> dict[str, Any]:
+        return {name: defaults(key) if isinstance(key, dict) else key.default for name, key in keys.items()}
+
+    config = ConfigDict(defaults(_keys()))
     config.lock()
-    for name in FREE:
-        config[name].unlock()
+    for name, key in _keys().items():
+        if isinstance(key, Key) and isinstance(key.default, dict):
+            config[name].unlock()
     return config
 
 
@@ -175,159 +246,73 @@ def validate(config: Mapping[str, Any]) -> None:
         ValueError: for an unknown key (with the nearest one), a missing key, a value of another type than the
             default's, or a value that makes no sense; the key is named with its dots.
     """
-    _check_structure("", config, default_config())
-
-    for path in ("batch_size", "eval_batch_size", "epochs", "eval_every_epochs"):
-        _check_range(config, path, low=1)
-    _check_range(config, "seed", low=0, high=2**32 - 1)
-    _check_range(config, "label_smoothing", low=0.0, high=1.0)
-    _check_range(config, "clip_norm", low=0.0)
-    _check_range(config, "log_every_seconds", low=0.0)
-    check_choice("config", "precision", config["precision"], PRECISIONS)
-    for name, value in config["coefficients"].items():
-        check_choice("config", "a key of coefficients", name, PENALTIES)
-        if not _is_number(value):
-            raise ValueError(f"config: coefficients.{name} must be a number; got {value!r}")
-
-    check_choice("config", "optimizer.name", config["optimizer"]["name"], OPTIMIZERS)
-    _check_positive(config, "optimizer.learning_rate")
-    _check_positive(config, "optimizer.eps")
-    _check_range(config, "optimizer.weight_decay", low=0.0)
-    _check_range(config, "optimizer.momentum", low=0.0, high=1.0)
-    for name in ("beta1", "beta2"):
-        if not 0 <= config["optimizer"][name] < 1:  # at 1 the correction of the bias divides by 0
-            raise ValueError(f"config: optimizer.{name} must be in [0, 1); got {config['optimizer'][name]}")
-
-    schedule = config["schedule"]
-    check_choice("config", "schedule.name", schedule["name"], SCHEDULES)
-    _check_range(config, "schedule.warmup_epochs", low=0)
-    if schedule["warmup_epochs"] > config["epochs"]:
+    _validate_group("", config, _keys())
+    schedule, epochs = config["schedule"], config["epochs"]
+    if schedule["warmup_epochs"] > epochs:
         raise ValueError(
             f"config: schedule.warmup_epochs must be at most epochs; got {schedule['warmup_epochs']} of "
-            f"{config['epochs']}. Set both for a shorter run: --config.schedule.warmup_epochs={config['epochs']}."
+            f"{epochs}. Set both for a shorter run: --config.schedule.warmup_epochs={epochs}."
         )
-    _check_range(config, "schedule.warmup_learning_rate", low=0.0)
-    _check_range(config, "schedule.min_learning_rate", low=0.0, high=config["optimizer"]["learning_rate"])
-    _check_range(config, "schedule.step_epochs", low=1)
-    _check_positive(config, "schedule.gamma")
-    milestones = schedule["milestones"]
-    if not all(type(m) is int and m >= 1 for m in milestones) or list(milestones) != sorted(set(milestones)):
-        raise ValueError(
-            f"config: schedule.milestones must be whole numbers of epochs, rising, from 1; got {milestones}"
-        )
-
-    for name in ("image_size", "channels", "num_classes", "train_examples", "test_examples"):
-        _check_range(config, f"data.{name}", low=1)
-    check_choice("config", "data.resident", config["data"]["resident"], RESIDENCES)
-    check_choice("config", "data.corrupt", config["data"]["corrupt"], CORRUPT)
-    _check_range(config, "data.workers", low=0)
-    _check_range(config, "data.imbalance", low=1.0)
-
-    check_choice("config", "augment.crop", config["augment"]["crop"], CROPS)
-    check_choice("config", "augment.interpolation", config["augment"]["interpolation"], INTERPOLATIONS)
-    for name in ("image_size", "padding", "eval_resize"):
-        _check_range(config, f"augment.{name}", low=0)
-    for name in ("flip", "erase"):
-        _check_range(config, f"augment.{name}", low=0.0, high=1.0)
-    for name in ("mixup", "cutmix"):
-        _check_range(config, f"augment.{name}", low=0.0)
-    if config["augment"]["rand_augment"]:
-        parse_policy(config["augment"]["rand_augment"])
-    amounts = config["augment"]["color_jitter"]
-    if len(amounts) != 4 or not all(_is_number(amount) and amount >= 0 for amount in amounts) or amounts[3] > 0.5:
-        raise ValueError(
-            "config: augment.color_jitter must be 4 numbers, for brightness, contrast, saturation and hue, none "
-            f"under 0 and the last at most 0.5; got {amounts}"
-        )
-    _check_interval(config, "augment.scale", high=1.0)
-    _check_interval(config, "augment.ratio")
-
-    _check_range(config, "checkpoint.keep", low=1)
-    _check_range(config, "checkpoint.every_steps", low=0)
+    lowest, highest = schedule["min_learning_rate"], config["optimizer"]["learning_rate"]
+    check_range("config", "schedule.min_learning_rate", lowest, 0.0, highest)
 
 
-def _check_structure(path: str, given: Any, default: Any) -> None:
-    """Raises ValueError unless `given` has the keys and types of `default`."""
-    if isinstance(default, ConfigDict):
-        if not isinstance(given, Mapping | ConfigDict):
-            raise ValueError(f"config: {path} must be a group of keys; got {_described(given)}")
-        if path in FREE:
-            return
-        prefix = f"{path}." if path else ""
-        for key in given:
-            if key not in default:
-                raise ValueError(f"config: there is no key {prefix}{key}. {_nearest_key(prefix, key)}")
-        for key in default:
-            if key not in given:
-                raise ValueError(f"config: the key {prefix}{key} is missing; start from default_config()")
-            _check_structure(prefix + key, given[key], default[key])
-    else:
-        check_type(path, given, default)
+def _validate_group(prefix: str, given: Mapping[str, Any], keys: dict[str, Any]) -> None:
+    for name in given:
+        if name not in keys:
+            raise ValueError(f"config: there is no key {prefix}{name}. {_nearest_key(prefix, name)}")
+    for name, key in keys.items():
+        path = prefix + name
+        if name not in given:
+            raise ValueError(f"config: the key {path} is missing; start from default_config()")
+        value, group = given[name], isinstance(key, dict)
+        if group or isinstance(key.default, dict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise ValueError(
+                    f"config: {path} must be a group of keys; got {value!r} of type {type(value).__name__}"
+                )
+        else:
+            check_type("config", path, value, key.default)
+        if group:
+            _validate_group(f"{path}.", value, key)
+        else:
+            key.check(path, value)
 
 
-def check_key(path: str) -> None:
-    """Raises ValueError, with the nearest one, unless there is a key of this name; groups are told by dots."""
-    group: Any = default_config()
+def split_keys(text: str) -> list[str]:
+    """The keys of a text like "epochs, optimizer.name"; none in an empty one."""
+    return [key.strip() for key in text.split(",") if key.strip()]
+
+
+def check_key(path: str, owner: str = "config") -> Any:
+    """Raises ValueError, with the nearest one named, unless there is a key or a group of this name.
+
+    Args:
+        path: the name, with a dot between a group and its key.
+        owner: what the message begins with.
+
+    Returns:
+        The `Key`, or the dict of a group; for what is in a group that takes any key, that group's `Key`.
+    """
+    found: Any = _keys()
     prefix = ""
-    for key in path.split("."):
-        if prefix.rstrip(".") in FREE:
-            return
-        if not isinstance(group, ConfigDict):
-            raise ValueError(f"config: {prefix.rstrip('.')} is no group of keys; got {path}")
-        if key not in group:
-            raise ValueError(f"config: there is no key {prefix}{key}. {_nearest_key(prefix, key)}")
-        group, prefix = group[key], f"{prefix}{key}."
-
-
-def check_type(path: str, given: Any, default: Any) -> None:
-    """Raises ValueError unless `given` is of the type of `default`; an int is fine where a float is wanted."""
-    if isinstance(default, float):
-        if not _is_number(given):
-            raise ValueError(f"config: {path} must be a finite float; got {_described(given)}")
-    elif type(given) is not type(default):
-        raise ValueError(f"config: {path} must be of type {type(default).__name__}; got {_described(given)}")
+    for name in path.split("."):
+        if isinstance(found, Key):
+            if isinstance(found.default, dict):
+                return found
+            raise ValueError(f"{owner}: {prefix.rstrip('.')} is no group of keys; got {path}")
+        if name not in found:
+            raise ValueError(f"{owner}: there is no key {prefix}{name}. {_nearest_key(prefix, name)}")
+        found, prefix = found[name], f"{prefix}{name}."
+    return found
 
 
 def _nearest_key(prefix: str, key: str) -> str:
     """A sentence naming the key most like `key`: in the group that it was looked for in, else in any."""
-    keys: dict[str, list[str]] = {"": []}
-    for name, value in default_config().items():
-        keys[""].append(name)
-        if isinstance(value, ConfigDict):
-            keys[f"{name}."] = list(value)
-    for group in (prefix, *keys):
-        nearest = difflib.get_close_matches(key, keys[group], n=1)
+    keys = _keys()
+    groups = {"": list(keys)} | {f"{name}.": list(group) for name, group in keys.items() if isinstance(group, dict)}
+    for group in (prefix, *groups):
+        nearest = difflib.get_close_matches(key, groups[group], n=1)
         if nearest:
             return f"Did you mean {group}{nearest[0]}?"
-    return f"The keys there are {', '.join(keys[prefix])}."
-
-
-def _described(value: Any) -> str:
-    return f"{value!r} of type {type(value).__name__}"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _get(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
-    for key in path.split("."):
-        value = value[key]
-    return value
-
-
-def _check_range(config: Mapping[str, Any], path: str, low: float | None = None, high: float | None = None) -> None:
-    check_range("config", path, _get(config, path), low, high)
-
-
-def _check_positive(config: Mapping[str, Any], path: str) -> None:
-    if _get(config, path) <= 0:
-        raise ValueError(f"config: {path} must be more than 0; got {_get(config, path)}")
-
-
-def _check_interval(config: Mapping[str, Any], path: str, high: float = math.inf) -> None:
-    interval = _get(config, path)
-    if len(interval) != 2 or not all(map(_is_number, interval)) or not 0 < interval[0] <= interval[1] <= high:
-        upper = "" if high == math.inf else f", at most {high}"
-        raise ValueError(f"config: {path} must be (low, high), more than 0{upper}; got {interval}")
+    return f"The keys there are {', '.join(sorted(groups[prefix]))}."

@@ -1,91 +1,184 @@
-"""Pictures of what runs measured over their epochs."""
+"""Pictures of what runs measured."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 History = Sequence[Mapping[str, Any]]
 """The records of a run, oldest first."""
 
-# Panels of the picture: title, and (key of a record, what its line is called) for every line.
-_PANELS = {
+# Panels of a run's picture: title, and (key of a record, what its line is called) for every line.
+_RUN_PANELS = {
     "loss": (("train_loss", "train"), ("eval_loss", "eval")),
     "top-1 (%)": (("train_top1", "train"), ("eval_top1", "eval")),
     "masked channels (%)": (("masked_fraction", "train"),),
     "learning rate": (("lr", "train"),),
 }
-_RUN_COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")
-_TRAIN_COLOUR = "#9aa7b4"
+# Panels of a comparison: title and key. Cross-entropies, for losses have penalties of different weights.
+_COMPARISON_PANELS = {
+    "held-out top-1 (%)": "eval_top1",
+    "held-out cross-entropy": "eval_loss_cross_entropy",
+    "training cross-entropy": "loss_cross_entropy",
+    "masked channels (%)": "masked_fraction",
+}
+_COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")
+_TRAIN_COLOUR, _RULE_COLOUR, _TEXT_COLOUR = "#9aa7b4", "#b8bec5", "#222222"
 
 
-def plot_curves(histories: History | Mapping[str, History], path: str | pathlib.Path) -> None:
-    """Draws loss and top-1 over the epochs, and masked channels and learning rate where they were recorded.
+def plot_curves(history: History, path: str | pathlib.Path) -> None:
+    """Draws a run's loss and top-1 over its epochs, and masked channels and learning rate where they were recorded.
 
     Args:
-        histories: the records of one run, or of several by name, as `Recorder.history` has them.
+        history: the records of the run.
         path: the picture to write; its ending tells the format.
 
     Raises:
         ValueError: there is no record with an `epoch`.
     """
-    from matplotlib.figure import Figure
 
-    runs = dict(histories) if isinstance(histories, Mapping) else {"": histories}
-    recorded = {name for history in runs.values() for record in history for name in record}
-    if "epoch" not in recorded:
-        raise ValueError("nothing to draw: the history has no record with an epoch")
-    panels = {title: lines for title, lines in _PANELS.items() if any(key in recorded for key, _ in lines)}
-    rows = 2 if len(panels) == 4 else 1  # four abreast are too small to read on a page
-    columns = len(panels) // rows
-    size = (3.4 * columns, 2.5 * rows)
-    figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
-        both = len(lines) > 1  # train and eval, to be told apart
-        scale = 100.0 if title.endswith("(%)") else 1.0
-        for (run, history), colour in zip(runs.items(), run_colours(len(runs)), strict=True):
-            for key, split in lines:
-                points = [(r["epoch"], scale * r[key]) for r in history if r.get(key) is not None]
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        color=_TRAIN_COLOUR if both and split == "train" and len(runs) == 1 else colour,
-                        linestyle="--" if both and split == "train" and len(runs) > 1 else "-",
-                        linewidth=1.6,
-                        marker="o" if len(points) == 1 else None,
-                        markersize=4,
-                        label=f"{run} {split}".strip() if both else run,
-                    )
-        style_panel(axes, title)
+    def draw(axes: Any, title: str, scale: float) -> None:
+        lines = _RUN_PANELS[title]
+        for key, label in lines:
+            colour = _TRAIN_COLOUR if label == "train" and len(lines) > 1 else _COLOURS[0]
+            if points := _points([history], key, scale):
+                _line(axes, points, label=label, color=colour, linewidth=1.6)
+
+    recorded = _recorded([history])
+    panels = [title for title, lines in _RUN_PANELS.items() if any(key in recorded for key, _ in lines)]
+    figure = _panels(panels, draw)
     first = figure.axes[0]
-    first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor="#222222")
+    first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor=_TEXT_COLOUR)
     figure.savefig(path)
 
 
-def style_panel(axes: Any, title: str) -> None:
-    """Gives a panel with epochs along it the look that all pictures share.
+def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.Path) -> None:
+    """Draws means over the seeds as lines, and one standard deviation (n - 1) to either side as bands.
 
     Args:
-        axes: matplotlib's, with the lines in them.
-        title: of the panel.
+        runs: {name: the records of each of its runs}.
+        path: the picture to write; its ending tells the format.
+
+    Raises:
+        ValueError: there is no record with an `epoch`.
     """
+    styles = {
+        name: {"color": colour, "linestyle": "-" if place < len(_COLOURS) else "--", "linewidth": 1.4}
+        for place, (name, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True))
+    }
+    lines = {}
+
+    def draw(axes: Any, title: str, scale: float) -> None:
+        for name, histories in runs.items():
+            if points := _points(histories, _COMPARISON_PANELS[title], scale):
+                lines[name] = _line(axes, points, **styles[name])
+                if len(histories) > 1:
+                    low, high = (
+                        [statistics.fmean(v) + sign * statistics.stdev(v) for v in points.values()] for sign in (-1, 1)
+                    )
+                    axes.fill_between(list(points), low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
+
+    recorded = _recorded([history for histories in runs.values() for history in histories])
+    figure = _panels([title for title, key in _COMPARISON_PANELS.items() if key in recorded], draw, legend=0.3)
+    figure.legend(
+        lines.values(),
+        lines.keys(),
+        loc="outside lower center",
+        ncols=min(len(lines), 6),
+        frameon=False,
+        fontsize=8,
+        labelcolor=_TEXT_COLOUR,
+    )
+    figure.savefig(path)
+
+
+def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], path: str | pathlib.Path) -> None:
+    """Draws a table: a line above and below, one under the head, and before each row the colour of its curve.
+
+    Args:
+        title: above the table.
+        head: the names of the columns; the first one's cells stand at the left, the others' at the right.
+        rows: the cells.
+        path: the picture to write; its ending tells the format.
+    """
+    from matplotlib.figure import Figure
+
+    height = 0.27 * (len(rows) + 2)
+    width = max(len(row[0]) for row in rows) * 0.075
+    right = [width + x for x in (1.0, 1.7, 2.4, 3.1, 4.1, 5.0)]  # the right edges of the columns, inches
+    figure = Figure(figsize=(right[-1] + 0.3, height + 0.1), dpi=160, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.2, right[-1] + 0.1), ylim=(-0.05, height + 0.05))
+    axes.axis("off")
+
+    def write(y: float, cells: Sequence[str], **style: Any) -> None:
+        for x, cell in zip([0.0, *right], cells, strict=True):
+            axes.text(x, y, cell, ha="right" if x else "left", va="center", fontsize=9, **style)
+
+    tops = [height - 0.27 * i for i in range(len(rows) + 2)]
+    axes.text(0, tops[0] - 0.13, title, va="center", fontsize=10, color=_TEXT_COLOUR)
+    write(tops[1] - 0.13, head, color="#444444")
+    for row, top, colour in zip(rows, tops[2:], _colours(len(rows)), strict=True):
+        write(top - 0.13, row, color=_TEXT_COLOUR)
+        axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=colour)
+    for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
+        axes.plot([-0.15, right[-1] + 0.05], [y, y], color=_RULE_COLOUR, linewidth=0.8)
+    figure.savefig(path)
+
+
+def _colours(count: int) -> list[str]:
+    """One for each of so many runs; from the seventh on they come again."""
+    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+
+
+def _recorded(histories: Iterable[History]) -> set[str]:
+    recorded = {key for history in histories for record in history for key in record}
+    if "epoch" not in recorded:
+        raise ValueError("nothing to draw: the history has no record with an epoch")
+    return recorded
+
+
+def _points(histories: Iterable[History], key: str, scale: float) -> dict[int, list[float]]:
+    """{epoch: the value of each run}; runs of one configuration have a figure in the same epochs."""
+    points: dict[int, list[float]] = {}
+    for history in histories:
+        for record in history:
+            if record.get(key) is not None:
+                points.setdefault(record["epoch"], []).append(scale * record[key])
+    return points
+
+
+def _line(axes: Any, points: Mapping[int, list[float]], **style: Any) -> Any:
+    means = [statistics.fmean(values) for values in points.values()]
+    (line,) = axes.plot(list(points), means, marker="o" if len(points) == 1 else None, markersize=4, **style)
+    return line
+
+
+def _panels(titles: Sequence[str], draw: Callable[[Any, str, float], None], legend: float = 0.0) -> Any:
+    """A figure of panels with epochs along them; ``draw(axes, title, scale)`` fills one.
+
+    A title that ends in "(%)" has the scale 100. ``legend`` is the height in inches that a legend below will take.
+    """
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title(title, fontsize=10, loc="left", color="#222222")
-    axes.set_xlabel("epoch", fontsize=9, color="#444444")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelsize=8, length=0, colors="#444444")
-    axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#b8bec5")
-    if title == "learning rate":
-        axes.yaxis.set_major_formatter("{x:g}")  # an exponent of its own would push the title up
-
-
-def run_colours(count: int) -> list[str]:
-    """So many colours for runs beside each other; from the seventh on they come again."""
-    return [_RUN_COLOURS[i % len(_RUN_COLOURS)] for i in range(count)]
+    rows = 2 if len(titles) == 4 else 1  # four abreast are too small to read on a page
+    columns = len(titles) // rows
+    size = (3.4 * columns, 2.5 * rows + legend)
+    figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
+    for axes, title in zip(figure.subplots(rows, columns, squeeze=False).flat, titles, strict=True):
+        draw(axes, title, 100.0 if title.endswith("(%)") else 1.0)
+        axes.set_title(title, fontsize=10, loc="left", color=_TEXT_COLOUR)
+        axes.set_xlabel("epoch", fontsize=9, color="#444444")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.tick_params(labelsize=8, length=0, colors="#444444")
+        axes.grid(axis="y", color="#e8eaed", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_RULE_COLOUR)
+        if title == "learning rate":
+            axes.yaxis.set_major_formatter("{x:g}")  # an exponent of its own would push the title up
+    return figure

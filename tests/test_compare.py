@@ -14,10 +14,10 @@ import types
 import jax
 import numpy as np
 import pytest
+from dpa_jax.compare.ensemble import largest_ensemble, make_ensemble
 from PIL import Image
 
 from dpa_jax.compare import compare, parse_entries, run, write_report
-from dpa_jax.compare.ensemble import largest_ensemble, make_ensemble
 from dpa_jax.compare.report import summarize_runs
 from dpa_jax.config import default_config
 from dpa_jax.training.loop import build, train_and_evaluate

@@ -148,7 +148,7 @@ def test_command_line_refuses(override, message):
         ("augment.ratio", (2.0, 0.5), r"augment\.ratio must be \(low, high\)"),
         ("data.corrupt", "ignore", r"data\.corrupt must be one of refuse, replace"),
         ("data.imbalance", 0.5, r"data\.imbalance must be at least 1\.0; got 0\.5"),
-        ("augment.rand_augment", "rand-k3", r"'rand-k3' is no RandAugment policy"),
+        ("allow_change", "epochs,batch_sise", r"allow_change: there is no key batch_sise\. Did you mean batch_size\?"),
         ("augment.color_jitter", (0.4, 0.4, 0.4), r"augment\.color_jitter must be 4 numbers"),
         ("augment.color_jitter", (0.4, 0.4, 0.4, 0.6), r"the last at most 0\.5"),
         ("augment.erase", 1.5, r"augment\.erase must be in \[0\.0, 1\.0\]"),

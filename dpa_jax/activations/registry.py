@@ -139,9 +139,11 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
 
 
 def mechanisms() -> list[type[Mechanism]]:
-    """`ARR`, which is no activation, and every mechanism that is an activation by name."""
+    """`DPA`, `ARR` (which is no activation by name), `AIEC` and those that `register` added."""
     named = [getattr(factory, "func", factory) for factory in ACTIVATIONS.values()]
-    return list(dict.fromkeys([ARR, *(m for m in named if isinstance(m, type) and issubclass(m, Mechanism))]))
+    return list(
+        dict.fromkeys([DPA, ARR, AIEC, *(m for m in named if isinstance(m, type) and issubclass(m, Mechanism))])
+    )
 
 
 def mutable_collections() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a comparison found: a table, as text, numbers and a picture, and the curves."""
+"""What a comparison measured: a table as text, numbers and a picture, and the curves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ from typing import Any
 import flax
 import jax
 
-from dpa_jax.plots import History, run_colours, style_panel
+from dpa_jax.plots import History, plot_comparison, plot_table
 
 Histories = dict[str, dict[int, History]]
 """{entry's name: {seed: the records of its run}}."""
 
-# Panels of curves.png: title and key of a record. Cross-entropies, for losses have penalties of different weights.
-_PANELS = {
-    "held-out top-1 (%)": "eval_top1",
-    "held-out cross-entropy": "eval_loss_cross_entropy",
-    "training cross-entropy": "loss_cross_entropy",
-    "masked channels (%)": "masked_fraction",
-}
 _HEAD = ("mechanism", "seeds", "mean", "std", "best", "masked (%)", "seconds")
 _NONE = "\N{EN DASH}"
 
@@ -108,8 +101,9 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, rows))
-    _draw_table(rows, epochs, workdir / "table.png")
-    _draw_curves(histories, workdir / "curves.png")
+    title = f"held-out top-1 (%) after {epochs} epochs"
+    plot_table(title, _HEAD, [row.cells() for row in rows], workdir / "table.png")
+    plot_comparison({name: list(runs.values()) for name, runs in histories.items()}, workdir / "curves.png")
 
 
 def _markdown(rows: list[Row], epochs: int, measured: Mapping[str, Any]) -> str:
@@ -125,80 +119,3 @@ def _markdown(rows: list[Row], epochs: int, measured: Mapping[str, Any]) -> str:
         + (f":\n\n    {measured['command']}" if measured["command"] else "."),
     ]
     return "\n\n".join([table, *notes]) + "\n"
-
-
-def _draw_table(rows: list[Row], epochs: int, path: pathlib.Path) -> None:
-    """The table as a picture: a line above and below, and one under the head."""
-    from matplotlib.figure import Figure
-
-    height = 0.27 * (len(rows) + 2)
-    width = max(len(row.mechanism) for row in rows) * 0.075
-    right = [width + x for x in (1.0, 1.7, 2.4, 3.1, 4.1, 5.0)]  # the right edges of the columns of figures, inches
-    figure = Figure(figsize=(right[-1] + 0.3, height + 0.1), dpi=160, facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.2, right[-1] + 0.1), ylim=(-0.05, height + 0.05))
-    axes.axis("off")
-
-    def write(y: float, cells: list[str] | tuple[str, ...], **style: Any) -> None:
-        for x, cell in zip([0.0, *right], cells, strict=True):
-            axes.text(x, y, cell, ha="right" if x else "left", va="center", fontsize=9, **style)
-
-    tops = [height - 0.27 * i for i in range(len(rows) + 2)]
-    axes.text(0, tops[0] - 0.13, f"held-out top-1 (%) after {epochs} epochs", va="center", fontsize=10, color="#222222")
-    write(tops[1] - 0.13, _HEAD, color="#444444")
-    for row, top, colour in zip(rows, tops[2:], run_colours(len(rows)), strict=True):
-        write(top - 0.13, row.cells(), color="#222222")
-        axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=colour)
-    for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
-        axes.plot([-0.15, right[-1] + 0.05], [y, y], color="#b8bec5", linewidth=0.8)
-    figure.savefig(path)
-
-
-def _draw_curves(histories: Histories, path: pathlib.Path) -> None:
-    """The mean over the seeds as a line, and one standard deviation (n - 1) to either side as a band."""
-    from matplotlib.figure import Figure
-
-    recorded = {key for runs in histories.values() for history in runs.values() for record in history for key in record}
-    panels = {title: key for title, key in _PANELS.items() if key in recorded}
-    rows = 2 if len(panels) == 4 else 1
-    columns = len(panels) // rows
-    figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.3), dpi=160, layout="constrained", facecolor="white")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    colours = dict(zip(histories, run_colours(len(histories)), strict=True))
-    lines = {}
-    for axes, (title, key) in zip(grid, panels.items(), strict=True):
-        scale = 100.0 if title.endswith("(%)") else 1.0
-        for name, runs in histories.items():
-            # Runs of one configuration have a figure in the same epochs.
-            values: dict[int, list[float]] = {}
-            for history in runs.values():
-                for record in history:
-                    if key in record:
-                        values.setdefault(record["epoch"], []).append(scale * record[key])
-            if not values:
-                continue
-            epochs, means = list(values), [statistics.fmean(some) for some in values.values()]
-            (lines[name],) = axes.plot(
-                epochs,
-                means,
-                color=colours[name],
-                linewidth=1.4,
-                linestyle="-" if list(histories).index(name) < len(set(colours.values())) else "--",
-                marker="o" if len(epochs) == 1 else None,
-                markersize=4,
-            )
-            if len(runs) > 1:
-                bands = [statistics.stdev(some) for some in values.values()]
-                low, high = ([m + sign * b for m, b in zip(means, bands, strict=True)] for sign in (-1, 1))
-                axes.fill_between(epochs, low, high, color=colours[name], alpha=0.15, linewidth=0)
-        style_panel(axes, title)
-    figure.legend(
-        lines.values(),
-        lines.keys(),
-        loc="outside lower center",
-        ncols=min(len(lines), 6),
-        frameon=False,
-        fontsize=8,
-        labelcolor="#222222",
-    )
-    figure.savefig(path)

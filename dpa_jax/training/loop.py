@@ -1,33 +1,26 @@
-"""The run from its configuration to its last figures."""
+"""Training from a configuration to the last figures; the same loop for one seed and for several at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import pathlib
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.activations import reset_counters
-from dpa_jax.config import validate
-from dpa_jax.data import augment, sources
-from dpa_jax.data.feeds.base import BaseFeed
-from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints
-from dpa_jax.training.optimizer import make_optimizer, make_schedule
+from dpa_jax.training.continuation import check_unchanged, write_config
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
-from dpa_jax.training.record import Recorder, changed_keys
-from dpa_jax.training.state import TrainState, create_model, create_state
-from dpa_jax.training.step import Evaluation, make_eval_step, make_train_step
+from dpa_jax.training.record import Recorder
+from dpa_jax.training.run import Figures, Run, build
 
 
 class NonFiniteError(FloatingPointError):
@@ -36,118 +29,6 @@ class NonFiniteError(FloatingPointError):
 
 class Preempted(SystemExit):
     """The run was told to stop, has saved, and will continue when it is started again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a configuration stands for, ready to run; made by `build`.
-
-    Attributes:
-        train_feed: batches of the training images.
-        eval_feed: batches of the evaluation images.
-        init: (seed=config.seed) -> TrainState on the devices.
-        abstract_state: shapes, dtypes and shardings of a TrainState.
-        train_step: compiled (state, batch) -> (state, metrics); donates the state.
-        eval_step: compiled (variables, batch) -> Evaluation.
-        add: compiled sum of two Evaluations.
-        clear_metrics: compiled; the state with its averages back at nothing.
-        reset_counters: compiled; the state as its mechanism wants it on entering evaluation.
-        schedule: step -> learning rate.
-    """
-
-    train_feed: BaseFeed
-    eval_feed: BaseFeed
-    init: Callable[[], TrainState]
-    abstract_state: TrainState
-    train_step: jax.stages.Wrapped
-    eval_step: Callable
-    add: Callable
-    clear_metrics: Callable
-    reset_counters: Callable
-    schedule: Callable
-
-
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
-    """Loads the data and prepares the model, the state and the steps; nothing is compiled yet.
-
-    Args:
-        config: a run's configuration.
-        devices: those that share each batch; None for all there are.
-
-    Raises:
-        ValueError: if the configuration can't run; the message names the key.
-        FileNotFoundError: if the data is not there; the message says how to get it.
-    """
-    validate(config)
-
-    # ---------------- Devices ----------------
-    mesh = Mesh(np.asarray(devices or jax.devices()), ("data",))
-    replicated, sharded = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-
-    # ---------------- Data ----------------
-    dataset = sources.load(config.data)
-    train_feed = make_feed(dataset.train, mesh, config.batch_size, config, training=True)
-    eval_feed = make_feed(dataset.test, mesh, config.eval_batch_size, config, training=False)
-    train_transform = augment.train_transform(train_feed.left_to_do(config.augment), dataset.mean, dataset.std)
-    eval_transform = augment.eval_transform(eval_feed.left_to_do(config.augment), dataset.mean, dataset.std)
-
-    # ---------------- Model ----------------
-    model = create_model(config, dataset.num_classes, train_feed.image_shape[-1])
-    size = config.augment.image_size
-    for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
-        given = (size or height, size or width, channels)
-        if (wanted := model.example_inputs.shape[1:]) != given:
-            raise ValueError(
-                f"model {config.model!r} takes images of shape {wanted}; those of data {config.data.name!r} "
-                f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
-            )
-
-    # ---------------- Optimiser ----------------
-    sampler = train_feed.sampler
-    steps_per_epoch = sampler.num_examples / sampler.batch_size
-    schedule = make_schedule(
-        config.schedule, config.optimizer.learning_rate, steps_per_epoch, sampler.steps(config.epochs)
-    )
-    optimizer = make_optimizer(config, schedule)
-
-    # ---------------- State and steps ----------------
-    coefficients = dict(config.coefficients)
-    alphas = {"mixup": config.augment.mixup, "cutmix": config.augment.cutmix}
-    mix = functools.partial(augment.mix, **alphas) if any(alphas.values()) else None
-    train_step = make_train_step(model, optimizer, train_transform, coefficients, config.label_smoothing, mix)
-    eval_step = make_eval_step(model, eval_transform)
-    # The step itself says what it measures; the state has an average for each.
-    create = functools.partial(create_state, model, optimizer, seed=config.seed)
-    _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create(())), train_feed.abstract_batch)
-    init = jax.jit(lambda seed=config.seed: create(tuple(metrics), seed=seed), out_shardings=replicated)
-    abstract_state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), jax.eval_shape(init)
-    )
-    return Program(
-        train_feed=train_feed,
-        eval_feed=eval_feed,
-        init=init,
-        abstract_state=abstract_state,
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(replicated, sharded),
-            out_shardings=(replicated, replicated),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(eval_step, in_shardings=(replicated, sharded), out_shardings=replicated),
-        add=jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b)),
-        clear_metrics=jax.jit(
-            lambda state: state.replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics)),
-            out_shardings=replicated,
-            donate_argnums=0,
-        ),
-        reset_counters=jax.jit(
-            lambda state: state.replace(model_state=reset_counters(state.model_state)),
-            out_shardings=replicated,
-            donate_argnums=0,
-        ),
-        schedule=schedule,
-    )
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -162,49 +43,82 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         The last line of ``metrics.jsonl``; nothing where a finished run left none.
 
     Raises:
-        ValueError: for a configuration that can't run, or a checkpoint of another model.
+        ValueError: for a configuration that can't run, another one than ``workdir`` was trained with (see
+            `check_unchanged`), or a checkpoint of another model.
+        FileNotFoundError: if the data is not there; the message says how to get it.
         NonFiniteError: if the loss or the gradient is not finite; the last good checkpoint stays.
         Preempted: after SIGTERM, when the run is saved.
     """
     workdir = pathlib.Path(workdir)
-    program = build(config)
-    steps_at = program.train_feed.sampler.steps
-    total_steps = steps_at(config.epochs)
+    (history,) = train(build(config), workdir, [workdir])
+    return history[-1] if history else {}
 
-    def show_epoch(epoch: int, step: int) -> Progress:
+
+def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name: str = "") -> list[list[Figures]]:
+    """Trains a run from its last checkpoint, or from the start, to its end.
+
+    Args:
+        run: what is trained; it is closed at the end.
+        workdir: where ``checkpoints/`` are; of several members there is one checkpoint, whose best is that of the
+            highest mean top-1.
+        folders: where the record of each member goes: ``metrics.jsonl``, ``config.json``, ``tensorboard/``,
+            ``curves.png``.
+        name: what the lines on the screen begin with; empty: nothing.
+
+    Returns:
+        The records of each member.
+
+    Raises:
+        As `train_and_evaluate`.
+    """
+    config, total_steps = run.config, run.total_steps
+    place = "" if name else f" in {workdir}"
+    notes = _check_continued(run, workdir, folders)
+    run.load()
+
+    def show(epoch: int, step: int) -> Progress:
         return Progress(
             epoch,
             config.epochs,
             first_step=step,
-            last_step=steps_at(epoch),
-            batch_size=config.batch_size,
+            last_step=run.steps_at(epoch),
+            batch_size=config.batch_size * len(run.seeds),
             every=config.log_every_seconds,
+            name=name,
         )
 
+    def check_finite(members: Sequence[Figures], step: int) -> None:
+        for seed, figures in zip(run.seeds, members, strict=True):
+            _check_finite(figures, step, workdir, f"{name}, seed {seed}: " if name else "")
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(run))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         preemption = stack.enter_context(Preemption())
-        stack.enter_context(contextlib.closing(program.train_feed))
 
         # ---------------- Start or continue ----------------
-        start, state = checkpoints.restore(program.abstract_state) or (0, program.init())
-        changed = changed_keys(workdir, config) if start else {}
-        recorder = stack.enter_context(contextlib.closing(Recorder(workdir, config, start)))
-        epoch = next((e for e in range(1, config.epochs + 1) if steps_at(e) > start), config.epochs)
-        progress = stack.enter_context(contextlib.closing(show_epoch(epoch, start)))
+        start, state = checkpoints.restore(run.abstract_state) or (0, run.init())
+        recorders = [stack.enter_context(contextlib.closing(Recorder(folder, start))) for folder in folders]
+        for recorder in recorders:
+            stack.callback(_draw, recorder)
+        if start < total_steps:
+            for member, folder in zip(run.configs, folders, strict=True):
+                write_config(member, folder)
+        epoch = next((e for e in range(1, config.epochs + 1) if run.steps_at(e) > start), config.epochs)
+        progress = show(epoch, start)
+        stack.callback(lambda: progress.close())
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
-            progress.write(f"{how} after step {start} of {total_steps} in {workdir}")
-            if changed:
-                progress.write(f"note: {', '.join(changed)} changed since this run was last started")
+            for line in (f"{how} after step {start} of {total_steps}{place}", *notes):
+                progress.write(line)
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
             # ---------------- One step ----------------
             with jax.transfer_guard("disallow"):
-                state, metrics = program.train_step(state, program.train_feed.train(step - 1))
+                state, metrics = run.step(state, step - 1)
             stop = preemption.requested(step)
-            epoch_ends = step == steps_at(epoch)
+            epoch_ends = step == run.steps_at(epoch)
             every = config.checkpoint.every_steps
             save = stop or epoch_ends or (every > 0 and step % every == 0)
 
@@ -212,44 +126,52 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
             # One step behind, so that the devices are never waited for; before a save nothing stays unseen.
             unseen.append((step, metrics))
             while len(unseen) > (0 if save else 1):
-                seen, figures = unseen.pop(0)
-                progress.update(seen, check_finite(jax.device_get(figures), seen, workdir))
+                seen, arrays = unseen.pop(0)
+                members = run.of_each(arrays)
+                check_finite(members, seen)
+                progress.update(seen, _means(members))
 
             # ---------------- Evaluate and record ----------------
-            evaluation: dict[str, float] = {}
+            evaluations: list[Figures] = [{} for _ in folders]
             if epoch_ends:
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
-                    state = program.reset_counters(state)
-                    evaluation = {f"eval_{k}": v for k, v in run_evaluation(program, state, config).items()}
-                    check_finite(evaluation, step, workdir)  # the last update is seen here for the first time
-                record = {
-                    "epoch": epoch,
-                    "step": step,
-                    "lr": float(program.schedule(step - 1)),
-                    **train_figures(state),
-                    **evaluation,
-                    "images_per_second": progress.images_per_second,
-                }
+                    state, evaluated = run.evaluate(state)
+                    evaluations = [{f"eval_{k}": v for k, v in figures.items()} for figures in evaluated]
+                    check_finite(evaluations, step)  # the last update is seen here for the first time
+                speed = progress.images_per_second  # of all members together; the time of each is its share
+                records = [
+                    {
+                        "epoch": epoch,
+                        "step": step,
+                        "lr": float(run.schedule(step - 1)),
+                        **figures,
+                        **evaluation,
+                        "images_per_second": speed,
+                        "seconds": (step - run.steps_at(epoch - 1)) * config.batch_size / speed,
+                    }
+                    for figures, evaluation in zip(run.figures(state), evaluations, strict=True)
+                ]
                 # Before the save: a line whose checkpoint never came is taken back, a missing line would stay missing.
-                recorder.write(record)
+                for recorder, record in zip(recorders, records, strict=True):
+                    recorder.write(record)
                 progress.close()
-                progress.write(_line(record, config.epochs))
-                state = program.clear_metrics(state)
+                progress.write(_line(_means(records), config.epochs))
+                state = run.clear_metrics(state)
 
             # ---------------- Save ----------------
             if save:
-                checkpoints.save(step, state, evaluation)
+                checkpoints.save(step, state, _means(evaluations))
             if stop and step < total_steps:
                 checkpoints.wait()
-                progress.write(f"SIGTERM: saved step {step} of {total_steps}; start again in {workdir} to continue")
+                progress.write(f"SIGTERM: saved step {step} of {total_steps}; start again{place} to continue")
                 raise Preempted(128 + signal.SIGTERM)
             if epoch_ends and step < total_steps:
                 epoch += 1
-                progress = stack.enter_context(contextlib.closing(show_epoch(epoch, step)))
-        return recorder.history[-1] if recorder.history else {}
+                progress = show(epoch, step)
+        return [recorder.history for recorder in recorders]
 
 
-def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, dict[str, float]]:
+def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
     """Restores the best and the newest checkpoint of a run and evaluates both on the whole test split.
 
     Args:
@@ -260,49 +182,53 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, dict[
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
+        FileNotFoundError: if there is no checkpoint, or no data.
         ValueError: as `train_and_evaluate`.
     """
-    program = build(config)
-    directory = pathlib.Path(workdir) / "checkpoints"
+    workdir = pathlib.Path(workdir)
+    run = build(config)
     results = {}
-    with Checkpoints(directory, keep=config.checkpoint.keep, read_only=True) as checkpoints:
+    for note in _check_continued(run, workdir, [workdir]):
+        print(note, file=sys.stderr)
+    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
         best = checkpoints.best_step
         for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
-            restored = checkpoints.restore(program.abstract_state, step)
+            restored = checkpoints.restore(run.abstract_state, step)
             if restored is None:
-                raise FileNotFoundError(f"no checkpoint in {directory}; train first, without --eval")
-            results[restored[0]] = run_evaluation(program, restored[1], config)
+                raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first, without --eval")
+            _, (results[restored[0]],) = run.evaluate(restored[1])
     return results
 
 
-def run_evaluation(program: Program, state: TrainState, config: ConfigDict) -> dict[str, float]:
-    """Figures of the whole evaluation split, as `Evaluation.compute` names them."""
-    parts = (program.eval_step(state.variables, batch) for batch in program.eval_feed.evaluation())
-    evaluation: Evaluation = functools.reduce(program.add, parts)
-    figures = jax.device_get(evaluation).compute(config.coefficients)
-    return {name: float(value) for name, value in figures.items()}
+def _check_continued(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path]) -> list[str]:
+    """Notes on what has changed since the checkpoints were written; ValueError for what may not."""
+    with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
+        if checkpoints.latest_step is None:
+            return []
+    notes = [check_unchanged(member, folder) for member, folder in zip(run.configs, folders, strict=True)]
+    return list(dict.fromkeys(note for some in notes for note in some))
 
 
-def check_finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path) -> Mapping[str, float]:
-    """The figures of a step; raises NonFiniteError if one of them is not a finite number."""
+def _check_finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path, who: str) -> None:
     for name in sorted(figures, key=lambda name: "loss_" not in name):  # the terms before their sum
         if not np.isfinite(figures[name]):
             raise NonFiniteError(
-                f"{name} is {figures[name]} at step {step}. The last good checkpoint is kept in {workdir}; a lower "
-                "config.optimizer.learning_rate, or a config.clip_norm, may help."
+                f"{who}{name} is {figures[name]} at step {step}. The last good checkpoint is kept in {workdir}; a "
+                "lower config.optimizer.learning_rate, or a config.clip_norm, may help."
             )
-    return figures
 
 
-def train_figures(state: TrainState) -> dict[str, float]:
-    """The averages of the epoch: ``train_loss`` and ``train_top1`` first, then the rest under their own names."""
-    figures = {name: float(ratio.value()) for name, ratio in jax.device_get(state.metrics).items()}
-    return {"train_loss": figures.pop("loss"), "train_top1": figures.pop("top1"), **figures}
+def _means(members: Sequence[Mapping[str, Any]]) -> Figures:
+    return {name: statistics.fmean(member[name] for member in members) for name in members[0]}
+
+
+def _draw(recorder: Recorder) -> None:
+    if recorder.history and jax.process_index() == 0:
+        plot_curves(recorder.history, recorder.workdir / "curves.png")
 
 
 def _line(record: Mapping[str, float], epochs: int) -> str:
-    parts = [f"epoch {record['epoch']}/{epochs}: loss {record['train_loss']:.4f}, top-1 {record['train_top1']:.2%}"]
+    parts = [f"epoch {record['epoch']:.0f}/{epochs}: loss {record['train_loss']:.4f}, top-1 {record['train_top1']:.2%}"]
     if "eval_loss" in record:
         parts.append(f"held out: loss {record['eval_loss']:.4f}, top-1 {record['eval_top1']:.2%}")
     return " | ".join([*parts, f"{record['images_per_second']:,.0f} images/s"])

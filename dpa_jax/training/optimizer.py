@@ -11,9 +11,6 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpa_jax.checks import check_choice
-from dpa_jax.config import SCHEDULES
-
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
@@ -35,11 +32,7 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
 
     Returns:
         From a step (int scalar, 0 is the first) to its rate (float32 scalar); works under jit.
-
-    Raises:
-        ValueError: for an unknown schedule (with the nearest one).
     """
-    check_choice("make_schedule", "schedule.name", config.name, SCHEDULES)
     by_epoch = config.name in ("step", "multistep")
     epochs = math.ceil(total_steps / steps_per_epoch)
     warmup_time = config.warmup_epochs if by_epoch else round(config.warmup_epochs * steps_per_epoch)
@@ -76,9 +69,6 @@ def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTran
     Args:
         config: a run's configuration; ``clip_norm`` and ``optimizer`` are read.
         schedule: from a step to a learning rate; the optimiser counts the steps itself, from 0.
-
-    Raises:
-        ValueError: for an unknown optimiser (with the nearest one).
     """
     options = config.optimizer
     momentum = optax.trace(options.momentum) if options.momentum else optax.identity()
@@ -99,7 +89,6 @@ def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTran
             momentum,
         ],
     }
-    check_choice("make_optimizer", "optimizer.name", options.name, directions)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, *directions[options.name](), optax.scale_by_learning_rate(schedule))
 

@@ -27,6 +27,7 @@ class Progress:
         last_step: int,
         batch_size: int,
         every: float = 30.0,
+        name: str = "",
         stream: TextIO | None = None,
     ) -> None:
         """Begins an epoch.
@@ -38,10 +39,11 @@ class Progress:
             last_step: steps done when it ends.
             batch_size: images a step, over all devices.
             every: seconds between two lines where there is no terminal.
+            name: of the run, which every line begins with; empty: nothing.
             stream: where to write; None for stderr.
         """
         self._stream = sys.stderr if stream is None else stream
-        self._label = f"epoch {epoch}/{epochs}"
+        self._name, self._label = f"{name}: " if name else "", f"epoch {epoch}/{epochs}"
         self._first, self._step, self._last = first_step, first_step, last_step
         self._batch_size, self._every = batch_size, every
         self._begin = self._shown = time.monotonic()
@@ -52,7 +54,7 @@ class Progress:
         if not self._silent and self._stream.isatty():
             self._bar = tqdm(
                 total=last_step - first_step,
-                desc=self._label,
+                desc=self._name + self._label,
                 unit="step",
                 file=self._stream,
                 dynamic_ncols=True,
@@ -88,6 +90,7 @@ class Progress:
 
     def write(self, line: str) -> None:
         """Writes a line of its own, above the bar where there is one."""
+        line = self._name + line
         if self._bar is not None:
             self._bar.write(line, file=self._stream)
         elif not self._silent:

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard files, the configuration and a picture of the curves."""
+"""The record of a run: metrics.jsonl and TensorBoard files."""
 
 import functools
 import json
@@ -10,28 +10,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
-
-from dpa_jax.plots import plot_curves
 
 
 class Recorder:
     """Writes what a run measures into its working directory; only process 0 writes.
 
-    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures, `config.json` the resolved
-    configuration and, after `close`, `curves.png` a picture.
+    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict, step: int) -> None:
+    def __init__(self, workdir: str | pathlib.Path, step: int) -> None:
         """Opens the record of a run that begins, or goes on, after `step` steps.
 
-        Lines of later steps, which a killed run wrote after its last checkpoint, are taken away, and so is
-        a last line that was written by halves. TensorBoard is told to hide the same steps.
+        Lines of later steps, which a killed run wrote after its last checkpoint, are removed, and so is
+        a last line that was cut off. TensorBoard is told to hide the same steps.
 
         Args:
-            workdir: the run's folder; it is made where it isn't there.
-            config: the resolved configuration.
+            workdir: the run's folder; it is made if it is missing.
             step: steps done by the state that the run goes on from; 0 at the start.
         """
         self.workdir = pathlib.Path(workdir)
@@ -43,8 +37,7 @@ class Recorder:
         self._path = self.workdir / "metrics.jsonl"
         if self._path.exists():
             self._history = [record for record in read_history(self.workdir) if record["step"] <= step]
-            _replace(self._path, "".join(_line(record) for record in self._history))
-        _replace(self.workdir / "config.json", json.dumps(_resolved(config), indent=2) + "\n")
+            replace_file(self._path, "".join(_line(record) for record in self._history))
         self._step = step
 
     @functools.cached_property
@@ -87,41 +80,15 @@ class Recorder:
         self._tensorboard.flush()
 
     def close(self) -> None:
-        """Draws the curves, where there is something to draw, and closes the TensorBoard file."""
-        if self._writes:
-            if "_tensorboard" in vars(self):
-                self._tensorboard.close()
-            if self._history:
-                plot_curves(self._history, self.workdir / "curves.png")
+        """Closes the TensorBoard file."""
+        if "_tensorboard" in vars(self):
+            self._tensorboard.close()
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The records in a run's folder, oldest first, without what was written by halves; none where none were written."""
+    """The records in a run's folder, oldest first, without a last line that was cut off; [] if there are none."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     return _parse(path.read_text(errors="replace"), path) if path.exists() else []
-
-
-def changed_keys(workdir: str | pathlib.Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Where a configuration differs from the one that a run was last started with.
-
-    Args:
-        workdir: the run's folder; without a ``config.json`` in it nothing differs.
-        config: the resolved configuration.
-
-    Returns:
-        {key with dots: (its value then, its value now)}, None for a key that is absent.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        return {}
-    then, now = (flatten_dict(tree, sep=".") for tree in (json.loads(path.read_text()), _resolved(config)))
-    changes = {key: (then.get(key), now.get(key)) for key in sorted(then | now)}
-    return {key: (before, after) for key, (before, after) in changes.items() if before != after}
-
-
-def _resolved(config: ConfigDict) -> dict[str, Any]:
-    """What JSON makes of a configuration: plain values, tuples as lists."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
 
 
 def _parse(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
@@ -149,8 +116,8 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a kill leaves either the old one or the new one."""
+def replace_file(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill leaves either the old one or the new one, whole."""
     new = path.with_name(path.name + ".new")
     with new.open("w") as file:
         file.write(text)

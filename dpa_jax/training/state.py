@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +16,7 @@ from dpa_jax import models
 from dpa_jax.activations import activation
 from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
-from dpa_jax.checks import check_choice
-from dpa_jax.config import check_type
+from dpa_jax.checks import check_choice, check_options
 
 
 class TrainState(struct.PyTreeNode):
@@ -66,30 +64,14 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
     given = {**arr, "activation": None, "in_channels": in_channels, "dtype": jnp.dtype(config.precision)}
-    _check_options("model_options", config.model_options, model, ("num_classes", *given))
-    _check_options("mechanism_options", config.mechanism_options, mechanism, ("num_classes",))
+    check_options("config", model, config.model_options, "model_options", ("num_classes", *given))
+    check_options("config", mechanism, config.mechanism_options, "mechanism_options", ("num_classes",))
     options = dict(config.mechanism_options)
     takes = inspect.signature(mechanism).parameters
     if "num_classes" in takes:
         options["num_classes"] = num_classes
     given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
-
-
-def _check_options(group: str, options: ConfigDict, factory: Callable, given: tuple[str, ...]) -> None:
-    """Raises ValueError for options that are no attribute of the factory's module, or of another type.
-
-    Those ``given`` come from elsewhere in the configuration or from the data.
-    """
-    attributes = inspect.signature(factory).parameters
-    takes = [name for name in attributes if name not in ("parent", "name", *given)]
-    for name, value in options.items():
-        if not takes:
-            raise ValueError(f"config: {group} must be empty here, there are no options; got {name!r}")
-        check_choice("config", f"a key of {group}", name, takes)
-        default = attributes[name].default
-        if isinstance(default, bool | int | float | str):  # else it tells nothing about the type
-            check_type(f"{group}.{name}", value, default)
 
 
 def create_state(

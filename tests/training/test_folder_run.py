@@ -11,7 +11,8 @@ from PIL import Image
 from dpa_jax.config import default_config
 from dpa_jax.data.feeds.stream import StreamFeed
 from dpa_jax.data.splits import CorruptImageError
-from dpa_jax.training.loop import build, train_and_evaluate
+from dpa_jax.training.loop import train_and_evaluate
+from dpa_jax.training.run import build
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_a_run_on_a_folder_goes_on_as_if_never_interrupted(config, tmp_path, cap
     assert (last["step"], last["eval_top1"] * 10 % 1) == (6, 0)  # of 10 images, not of the 16 in the padded batches
     shutil.rmtree(tmp_path / "run/checkpoints/6")
     again = train_and_evaluate(config, tmp_path / "run")
-    assert {**again, "images_per_second": 0} == {**last, "images_per_second": 0}
+    times = {"images_per_second": 0, "seconds": 0}
+    assert again | times == last | times
     assert f"continuing after step 3 of 6 in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
@@ -65,7 +67,7 @@ def test_a_corrupt_image_stops_a_run_with_its_path(config, tmp_path):
 
 
 def test_a_model_of_another_size_is_refused(config):
-    assert isinstance(build(config).train_feed, StreamFeed)
+    assert isinstance(build(config).feeds[0], StreamFeed)
     config.augment.update(image_size=12, eval_resize=0)
     with pytest.raises(ValueError, match=r"takes images of shape \(8, 8, 3\); .* come as \(12, 12, 3\)"):
         build(config)
@@ -81,6 +83,6 @@ def test_a_dry_run_of_the_imagenet_configurations(name, folder, tmp_path):
     last = train_and_evaluate(config, tmp_path / "run")
     assert last["step"] == 3 and last["eval_top1"] * 10 % 1 == 0
     assert {"loss_channel", "masked_fraction"} <= last.keys()
-    program = build(config)
-    assert program.train_feed.train(0).inputs.shape == (8, 224, 224, 3)
-    assert isinstance(program.train_feed, StreamFeed)
+    (feed,) = build(config).feeds
+    assert feed.train(0).inputs.shape == (8, 224, 224, 3)
+    assert isinstance(feed, StreamFeed)

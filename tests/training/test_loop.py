@@ -12,11 +12,13 @@ import optax
 import pytest
 import sklearn.metrics
 
-from dpa_jax.config import OPTIMIZERS, SCHEDULES, default_config
+from dpa_jax.config import OPTIMIZERS, SCHEDULES
 from dpa_jax.training.checkpoint import Checkpoints
-from dpa_jax.training.loop import NonFiniteError, build, evaluate, train_and_evaluate
+from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
+from dpa_jax.training.run import build
 from dpa_jax.training.state import create_model
+from tests.helpers import tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,28 +29,11 @@ def _compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def small(**changes):
-    """6 steps an epoch (48 images, 8 a step), and 20 held-out images, which the last batch is not filled by."""
-    config = default_config()
-    config.model_options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
-    config.data.update(name="synthetic", image_size=8, channels=1, num_classes=4)
-    config.data.update(train_examples=48, test_examples=20)
-    config.update(batch_size=8, eval_batch_size=8, epochs=2)
-    config.optimizer.learning_rate = 0.01
-    for key, value in changes.items():
-        *groups, name = key.split("__")
-        group = config
-        for part in groups:
-            group = group[part]
-        group[name] = value
-    return config
-
-
-def run_steps(program, steps):
+def run_steps(run, steps):
     """The state after so many steps, and the metrics of each."""
-    state, seen = program.init(), []
+    state, seen = run.init(), []
     for step in range(steps):
-        state, metrics = program.train_step(state, program.train_feed.train(step))
+        state, metrics = run.step(state, step)
         seen.append(jax.device_get(metrics))
     return state, seen
 
@@ -85,19 +70,19 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The configuration of a run that has ended, its folder and what it returned."""
-    config, workdir = small(), tmp_path_factory.mktemp("finished")
+    config, workdir = tiny_config(), tmp_path_factory.mktemp("finished")
     return config, workdir, train_and_evaluate(config, workdir)
 
 
 @pytest.fixture(scope="module")
 def steps_of_finished():
-    """The metrics of each of that run's steps, from a program of its own."""
-    return run_steps(build(small()), 12)[1]
+    """The metrics of each of that run's steps, trained again."""
+    return run_steps(build(tiny_config()), 12)[1]
 
 
 @pytest.mark.core
 def test_one_device_equals_eight():
-    config = small(model_options__depth=2, augment__crop="pad", augment__padding=1)
+    config = tiny_config(model_options__depth=2, augment__crop="pad", augment__padding=1)
     config.model_options.update(dropout=0.1, stochastic_depth=0.1)
     (one, on_one), (eight, on_eight) = (
         run_steps(build(config, devices), 12) for devices in (jax.devices()[:1], jax.devices())
@@ -120,8 +105,7 @@ def test_evaluation_counts_the_whole_split(finished):
     assert figures == {name[5:]: value for name, value in last.items() if name.startswith("eval_")}
 
     # By hand: all 20 images at once, without batches, padding or counts.
-    program = build(config)
-    split, state = program.eval_feed.split, jax.device_get(restore(config, workdir)[1])
+    split, state = build(config).eval_feed.split, jax.device_get(restore(config, workdir)[1])
     logits = np.asarray(jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)))
     log_probabilities, taken = log_softmax(logits), np.argmax(logits, axis=1)
     scores = sklearn.metrics.precision_recall_fscore_support(split.labels, taken, average="macro", zero_division=0)
@@ -175,16 +159,16 @@ def test_a_seed_reproduces_a_run_whose_figures_are_means_over_an_epoch(finished,
 
 
 def test_another_seed_gives_another_run(steps_of_finished):
-    program = build(small(seed=1))
-    _, seen = run_steps(program, 3)
+    run = build(tiny_config(seed=1))
+    _, seen = run_steps(run, 3)
     for metrics, others in zip(seen, steps_of_finished, strict=False):
         assert abs(metrics["loss"] - others["loss"]) > 1e-4
-    assert np.any(program.train_feed.sampler.indices(0)[0] != build(small()).train_feed.sampler.indices(0)[0])
+    assert np.any(run.feeds[0].sampler.indices(0)[0] != build(tiny_config()).feeds[0].sampler.indices(0)[0])
 
 
 @pytest.mark.parametrize(("mechanism", "precision"), [("dpa", "bfloat16"), ("gelu", "bfloat16"), ("relu", "float32")])
 def test_learns_with_every_mechanism_and_precision(mechanism, precision, tmp_path):
-    config = small(mechanism=mechanism, precision=precision, label_smoothing=0.1, model_options__patch_size=8)
+    config = tiny_config(mechanism=mechanism, precision=precision, label_smoothing=0.1, model_options__patch_size=8)
     config.update(epochs=4, eval_every_epochs=3)
     last = train_and_evaluate(config, tmp_path)
     first, *_ = records = lines(tmp_path)
@@ -197,20 +181,20 @@ def test_learns_with_every_mechanism_and_precision(mechanism, precision, tmp_pat
 
 
 def test_label_smoothing():
-    config = small(label_smoothing=0.5, mechanism="relu", model_options__patch_size=8)
-    program = build(config, jax.devices()[:1])
-    state, split = program.init(), program.train_feed.split
-    index, _ = program.train_feed.sampler.indices(0)
+    config = tiny_config(label_smoothing=0.5, mechanism="relu", model_options__patch_size=8)
+    run = build(config, jax.devices()[:1])
+    state, split = run.init(), run.feeds[0].split
+    index, _ = run.feeds[0].sampler.indices(0)
     logits = jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)[index])
     targets = 0.5 * np.eye(4)[split.labels[index]] + 0.5 / 4
-    _, metrics = program.train_step(state, program.train_feed.train(0))
+    _, metrics = run.step(state, 0)
     wanted = -np.mean(np.sum(targets * log_softmax(logits), axis=1))
     assert metrics["loss"].item() == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), list(zip(OPTIMIZERS, SCHEDULES, strict=True)))
 def test_every_optimizer_and_every_schedule_learns(optimizer, schedule):
-    config = small(mechanism="gelu", optimizer__name=optimizer, schedule__name=schedule, epochs=4)
+    config = tiny_config(mechanism="gelu", optimizer__name=optimizer, schedule__name=schedule, epochs=4)
     config.model_options.patch_size = 8
     config.schedule.update(warmup_epochs=1, step_epochs=2, milestones=(2,))
     config.optimizer.learning_rate = {"sgd": 0.05, "rmsprop": 0.001}.get(optimizer, 0.01)
@@ -223,7 +207,7 @@ def test_every_optimizer_and_every_schedule_learns(optimizer, schedule):
 def test_every_optimizer_with_every_schedule_descends(optimizer, schedule):
     # The warm-up may take as long as the run.
     for warmup_epochs in (0, 4):
-        config = small(optimizer__name=optimizer, schedule__name=schedule, epochs=4)
+        config = tiny_config(optimizer__name=optimizer, schedule__name=schedule, epochs=4)
         config.schedule.update(warmup_epochs=warmup_epochs, step_epochs=2, milestones=(2,))
         transform = make_optimizer(config, make_schedule(config.schedule, 0.01, 6.0, 24))
         params = {"w": jnp.array([1.0, -2.0])}
@@ -235,7 +219,7 @@ def test_every_optimizer_with_every_schedule_descends(optimizer, schedule):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
-    config = small(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", clip_norm=0.0)
+    config = tiny_config(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", clip_norm=0.0)
     config.schedule.update(name="multistep", milestones=(1,), gamma=1e30)  # the first update of epoch 2 breaks all
     with pytest.raises(NonFiniteError, match=r"loss_cross_entropy is (nan|inf) at step 8\. .* kept in .*lower"):
         train_and_evaluate(config, tmp_path)
@@ -246,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_st
 
 
 def test_an_update_that_breaks_the_model_is_not_saved_as_the_best(tmp_path):
-    config = small(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", batch_size=48)
+    config = tiny_config(mechanism="relu", model_options__patch_size=8, optimizer__name="sgd", batch_size=48)
     config.optimizer.learning_rate = 1e30
     with pytest.raises(NonFiniteError, match=r"eval_loss_cross_entropy is (nan|inf) at step 1\."):
         train_and_evaluate(config, tmp_path)
@@ -263,7 +247,7 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
     params["block0"]["mlp"]["expand"]["bias"] = jnp.full_like(bias, 3e19)  # its square is no float32
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(step + 1, state.replace(params=params, step=state.step + 1))
-    config = small(epochs=3)
+    config = tiny_config(epochs=3, allow_change="epochs")
     with pytest.raises(NonFiniteError, match=r"loss_channel is inf at step 14\."):
         train_and_evaluate(config, tmp_path)
     assert restore(config, tmp_path)[0] == 13
@@ -284,18 +268,19 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
         ({"batch_size": 64}, r"batch_size must be between 1 and the 48 images"),
         ({"batch_size": 12}, r"batch_size must be a positive multiple of the 8 devices, not 12"),
         ({"schedule__warmup_epochs": 3}, r"warmup_epochs must be at most epochs; got 3 of 2\. .*=2\.$"),
+        ({"augment__rand_augment": "rand-k3"}, r"'rand-k3' is no RandAugment policy"),
         ({"coefficients": {}}, r"config\.coefficients has no entry for the penalty 'channel'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_build_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        build(small(**changes))
+        build(tiny_config(**changes))
 
 
 def test_the_response_memory_is_in_the_checkpoint(tmp_path):
     """The loss of an evaluation after a restart has its ARR term, equal to the one before."""
-    config = small(mechanism="dnrt", epochs=1)
+    config = tiny_config(mechanism="dnrt", epochs=1)
     record = train_and_evaluate(config, tmp_path)
     (figures,) = evaluate(config, tmp_path).values()
     assert record["eval_loss_arr"] > 0
@@ -304,7 +289,7 @@ def test_the_response_memory_is_in_the_checkpoint(tmp_path):
 
 
 def test_activity_counters_start_anew_on_entering_evaluation(tmp_path):
-    config = small(mechanism="aiec", epochs=1)
+    config = tiny_config(mechanism="aiec", epochs=1)
     train_and_evaluate(config, tmp_path)
     _, state = restore(config, tmp_path)
     (counters,) = (block["mlp"]["activation"] for block in state.model_state["activity_counters"].values())
@@ -314,10 +299,9 @@ def test_activity_counters_start_anew_on_entering_evaluation(tmp_path):
 
 
 def test_no_evaluation_leaves_the_counters(tmp_path):
-    config = small(mechanism="aiec", epochs=2, eval_every_epochs=2, batch_size=48)
+    config = tiny_config(mechanism="aiec", epochs=2, eval_every_epochs=2, batch_size=48)
     config.mechanism_options.update_interval = 1
-    program = build(config)
-    state, _ = run_steps(program, 1)
+    state, _ = run_steps(build(config), 1)
     (counters,) = (block["mlp"]["activation"] for block in state.model_state["activity_counters"].values())
     assert counters["total"].sum() > 4  # samples the layer has classified correctly were counted
     train_and_evaluate(config, tmp_path)

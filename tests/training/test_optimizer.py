@@ -138,12 +138,3 @@ def test_gradients_are_clipped_together_before_the_decay(problem):
     for key in parameters:
         clipped = [scale * gradient[key] for scale, gradient in zip(scales, gradients, strict=True)]
         np.testing.assert_allclose(result[key], by_hand("sgd", parameters[key], clipped), rtol=2e-5, atol=2e-6)
-
-
-def test_unknown_names_are_refused_with_the_nearest():
-    config = default_config()
-    config.optimizer.name = "rmsprob"
-    with pytest.raises(ValueError, match="Did you mean 'rmsprop'"):
-        make_optimizer(config, lambda step: 0.1)
-    with pytest.raises(ValueError, match="Did you mean 'cosine'"):
-        make_schedule(schedule_config("cosinus"), 0.1, 5, 10)

@@ -1,0 +1,275 @@
+"""What belongs to a run: its data, its model and its compiled functions, for one seed or for several at a time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dpa_jax.activations import reset_counters
+from dpa_jax.config import validate
+from dpa_jax.data import augment, sources
+from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds.base import BaseFeed
+from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.training.optimizer import Schedule, make_optimizer, make_schedule
+from dpa_jax.training.state import TrainState, create_model, create_state
+from dpa_jax.training.step import make_eval_step, make_train_step
+
+Figures = dict[str, float]
+
+
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None) -> Run:
+    """Prepares a run. Nothing is loaded or compiled yet, and the devices need not be here.
+
+    Args:
+        config: a run's configuration.
+        devices: those that share each batch; None for all there are.
+        seeds: of the members that are trained in one program; None for the configuration's seed alone.
+
+    Raises:
+        ValueError: if the configuration can't run; the message names the key.
+        FileNotFoundError: if the data is not there; the message says how to get it.
+    """
+    validate(config)
+
+    # ---------------- Devices ----------------
+    devices = list(devices or jax.devices())
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+    # ---------------- Data ----------------
+    dataset = sources.load(config.data)
+    train_feed = make_feed(dataset.train, mesh, config.batch_size, config, training=True)
+    eval_feed = make_feed(dataset.test, mesh, config.eval_batch_size, config, training=False)
+    train_transform = augment.train_transform(train_feed.left_to_do(config.augment), dataset.mean, dataset.std)
+    eval_transform = augment.eval_transform(eval_feed.left_to_do(config.augment), dataset.mean, dataset.std)
+
+    # ---------------- Model ----------------
+    model = create_model(config, dataset.num_classes, train_feed.image_shape[-1])
+    size = config.augment.image_size
+    for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
+        given, wanted = (size or height, size or width, channels), model.example_inputs.shape[1:]
+        if wanted != given:
+            raise ValueError(
+                f"model {config.model!r} takes images of shape {wanted}; those of data {config.data.name!r} "
+                f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
+            )
+
+    # ---------------- Optimiser ----------------
+    sampler = train_feed.sampler
+    steps_per_epoch = sampler.num_examples / sampler.batch_size
+    schedule = make_schedule(
+        config.schedule, config.optimizer.learning_rate, steps_per_epoch, sampler.steps(config.epochs)
+    )
+    optimizer = make_optimizer(config, schedule)
+
+    # ---------------- Steps ----------------
+    alphas = {"mixup": config.augment.mixup, "cutmix": config.augment.cutmix}
+    mix = functools.partial(augment.mix, **alphas) if any(alphas.values()) else None
+    train_step = make_train_step(
+        model, optimizer, train_transform, dict(config.coefficients), config.label_smoothing, mix
+    )
+    eval_step = make_eval_step(model, eval_transform)
+    # The step itself says what it measures; the state has an average for each.
+    create = functools.partial(create_state, model, optimizer)
+    _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create((), seed=0)), train_feed.abstract_batch)
+    create = functools.partial(create, tuple(metrics))
+    run = Run(
+        config,
+        model,
+        schedule,
+        create,
+        train_step,
+        eval_step,
+        train_feed,
+        eval_feed,
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    return run if seeds is None else run.with_seeds(seeds)
+
+
+class Run:
+    """A run of one seed, or of several that are its members: the same program, with a leading axis under ``vmap``.
+
+    One seed's states are `TrainState`s as they are. With S seeds every leaf of a state, and every metric of a step,
+    has an axis S in front; what is said *of each member* is a list of S.
+
+    Attributes:
+        config: the configuration; of its members `configs`.
+        seeds: of the members.
+        model: the linen module.
+        schedule: 0-based number of a step -> its learning rate.
+        feeds: the training examples of each member, in its own order.
+        eval_feed: the held-out examples.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: nn.Module,
+        schedule: Schedule,
+        create: Callable[..., TrainState],
+        train_step: Callable,
+        eval_step: Callable,
+        train_feed: BaseFeed,
+        eval_feed: BaseFeed,
+        everywhere: NamedSharding,
+    ):
+        """For `build`."""
+        self.config, self.model, self.schedule = config, model, schedule
+        self.seeds: tuple[int, ...] = (config.seed,)
+        self.feeds, self.eval_feed = [train_feed], eval_feed
+        self._create, self._everywhere = create, everywhere
+
+        # The number of members is that of the batches, or the length of a state's first axis: functions that are
+        # compiled for a number serve other seeds as well.
+        def step(state: TrainState, batches: list[Batch]):
+            if len(batches) == 1:
+                return train_step(state, batches[0])
+            return jax.vmap(train_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+
+        def apart(tree: Any) -> list[Any]:
+            """Of each member."""
+            return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
+
+        def clear_metrics(state: TrainState) -> TrainState:
+            return state.replace(metrics=jax.tree.map(jnp.zeros_like, state.metrics))
+
+        def enter_evaluation(state: TrainState) -> TrainState:
+            return state.replace(model_state=reset_counters(state.model_state))
+
+        jit = functools.partial(jax.jit, out_shardings=everywhere)
+        self._step = jit(step, donate_argnums=0)
+        self._eval_step = jit(eval_step)
+        self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        self._apart = jit(apart)
+        self._clear_metrics = jit(clear_metrics, donate_argnums=0)
+        self._enter_evaluation = jit(enter_evaluation, donate_argnums=0)
+
+    # ---------------- Members ----------------
+
+    def with_seeds(self, seeds: Sequence[int]) -> Self:
+        """The same run with other seeds: the data and the compiled functions are shared.
+
+        Args:
+            seeds: different ones, of 0 .. 2^32 - 1.
+        """
+        run = copy.copy(self)
+        run.seeds, run.feeds = tuple(seeds), [self.feeds[0].reordered(seed) for seed in seeds]
+        return run
+
+    @property
+    def configs(self) -> list[ConfigDict]:
+        """The configuration of each member, which is that of its run alone."""
+        configs = [self.config.copy_and_resolve_references() for _ in self.seeds]
+        for config, seed in zip(configs, self.seeds, strict=True):
+            config.seed = seed
+        return configs
+
+    def of_each(self, figures: Any) -> list[Any]:
+        """A pytree of figures on the devices, such as a step's metrics, on the host and of each member."""
+        figures = jax.device_get(figures)
+        if len(self.seeds) == 1:
+            return [figures]
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], figures) for i in range(len(self.seeds))]
+
+    # ---------------- States ----------------
+
+    def init(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        if len(self.seeds) == 1:
+            return jax.jit(functools.partial(self._create, seed=self.seeds[0]), out_shardings=self._everywhere)()
+        seeds = jnp.asarray(self.seeds, jnp.uint32)
+        return jax.jit(jax.vmap(lambda seed: self._create(seed=seed)), out_shardings=self._everywhere)(seeds)
+
+    @property
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of a state."""
+        members = () if len(self.seeds) == 1 else (len(self.seeds),)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*members, *leaf.shape), leaf.dtype, sharding=self._everywhere),
+            jax.eval_shape(lambda: self._create(seed=0)),
+        )
+
+    @property
+    def abstract_batch(self) -> list[Batch]:
+        """Shapes, dtypes and shardings of what a step takes: a batch of each member."""
+        return [feed.abstract_batch for feed in self.feeds]
+
+    # ---------------- Training ----------------
+
+    def load(self) -> None:
+        """Loads the data and puts it where it is taken from; done by the first step or evaluation if not before.
+
+        Raises:
+            FileNotFoundError: if the data is not there; the message says how to get it.
+        """
+
+    def close(self) -> None:
+        """Ends what reads ahead for training."""
+        for feed in self.feeds:
+            feed.close()
+
+    def steps_at(self, epoch: float) -> int:
+        """How many steps are done at the end of an epoch."""
+        return self.feeds[0].sampler.steps(epoch)
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run."""
+        return self.steps_at(self.config.epochs)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The training step as it is handed to the compiler; needs neither the data nor the devices."""
+        return self._step.lower(self.abstract_state, self.abstract_batch)
+
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One training step.
+
+        Args:
+            state: after ``number`` steps; it is donated.
+            number: of the step, from 0; says which examples it sees.
+
+        Returns:
+            The new state and the step's metrics, as `make_train_step` has them.
+        """
+        return self._step(state, [feed.train(number) for feed in self.feeds])
+
+    def clear_metrics(self, state: TrainState) -> TrainState:
+        """The state with nothing in its averages; the one given is donated."""
+        return self._clear_metrics(state)
+
+    # ---------------- Figures ----------------
+
+    def figures(self, state: TrainState) -> list[Figures]:
+        """The averages of the epoch, of each member: ``train_loss``, ``train_top1`` and the rest by their own names."""
+        averages = [
+            {name: float(ratio.value()) for name, ratio in metrics.items()} for metrics in self.of_each(state.metrics)
+        ]
+        return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
+
+    def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
+        """Evaluates the whole held-out split.
+
+        Args:
+            state: it is donated.
+
+        Returns:
+            The state as it is after entering evaluation, which starts the counters of some mechanisms anew; and
+            of each member its figures, as `Evaluation.compute` names them.
+        """
+        state = self._enter_evaluation(state)
+        members = [state.variables] if len(self.seeds) == 1 else self._apart(state.variables)
+        sums = None
+        for batch in self.eval_feed.evaluation():
+            parts = [self._eval_step(variables, batch) for variables in members]
+            sums = parts if sums is None else self._add(sums, parts)
+        computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
+        return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
