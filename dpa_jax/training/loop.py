@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
 from dpa_jax.config import validate
-from dpa_jax.data import augment, sources
+from dpa_jax.data.feeds import make_feed
 from dpa_jax.data.feeds.base import BaseFeed
-from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.data.sources import open_source
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.preemption import Preemption
@@ -85,16 +85,15 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
     replicated, sharded = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     # ---------------- Data ----------------
-    dataset = sources.load(config.data)
-    train_feed = make_feed(dataset.train, mesh, config.batch_size, config, training=True)
-    eval_feed = make_feed(dataset.test, mesh, config.eval_batch_size, config, training=False)
-    train_transform = augment.train_transform(train_feed.left_to_do(config.augment), dataset.mean, dataset.std)
-    eval_transform = augment.eval_transform(eval_feed.left_to_do(config.augment), dataset.mean, dataset.std)
+    source = open_source(config.data)
+    train_feed = make_feed(source, mesh, config.batch_size, config, training=True)
+    eval_feed = make_feed(source, mesh, config.eval_batch_size, config, training=False)
+    transforms = source.spec.transforms(config, train_feed, eval_feed)
 
     # ---------------- Model ----------------
-    model = create_model(config, dataset.num_classes, train_feed.image_shape[-1])
+    model = create_model(config, source.spec.num_classes, **source.spec.model_options())
     size = config.augment.image_size
-    for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
+    for height, width, channels in (train_feed.inputs.shape, eval_feed.inputs.shape):
         given = (size or height, size or width, channels)
         if (wanted := model.example_inputs.shape[1:]) != given:
             raise ValueError(
@@ -112,10 +111,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
 
     # ---------------- State and steps ----------------
     coefficients = dict(config.coefficients)
-    alphas = {"mixup": config.augment.mixup, "cutmix": config.augment.cutmix}
-    mix = functools.partial(augment.mix, **alphas) if any(alphas.values()) else None
-    train_step = make_train_step(model, optimizer, train_transform, coefficients, config.label_smoothing, mix)
-    eval_step = make_eval_step(model, eval_transform)
+    train_step = make_train_step(
+        model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
+    )
+    eval_step = make_eval_step(model, transforms.evaluate)
     # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer, seed=config.seed)
     _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create(())), train_feed.abstract_batch)

@@ -61,7 +61,7 @@ def restore(config, workdir, step=None):
 
 def normalized(split):
     """Images as the model gets them: synthetic data without augmentation."""
-    return (split.images / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
+    return (split.inputs / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
 
 
 def log_softmax(logits):
