@@ -36,8 +36,8 @@ from dpa_jax.data import augment
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
 from dpa_jax.data.augment.policy import arguments_of
 from dpa_jax.data.batch import Batch
-from dpa_jax.data.feeds.stream import make_feed
-from dpa_jax.data.sources.folder import FolderSplit
+from dpa_jax.data.feeds import make_feed
+from dpa_jax.data.sources import open_source
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_train_step
@@ -163,14 +163,18 @@ def measure_host(args: argparse.Namespace) -> dict[str, float]:
     config.data.resident = "host"
     mesh, figures = Mesh(np.array(jax.devices()[:1]), ("data",)), {}
     with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "class").mkdir()
+        for split in ("train", "val"):
+            (pathlib.Path(folder) / split / "class").mkdir(parents=True)
         for name in names:
             # Coarse noise, enlarged: about as many bytes as a photograph has.
             image = Image.fromarray(random.integers(0, 256, (100, 125, 3), np.uint8)).resize((500, 400))
-            image.save(pathlib.Path(folder) / "class" / name, quality=90)
+            image.save(pathlib.Path(folder) / "train" / "class" / name, quality=90)
+        image.save(pathlib.Path(folder) / "val" / "class" / name)
+        config.data.update(name="folder", dir=folder)
+        source = open_source(config.data)
         for workers in map(int, args.workers.split(",")):
             config.data.workers = workers
-            feed = make_feed(FolderSplit(pathlib.Path(folder), {"class": names}), mesh, len(names), config, True)
+            feed = make_feed(source, mesh, len(names), config, True)
             seconds = []
             for step in range(2 + 4 * args.rounds):
                 begin = time.perf_counter()

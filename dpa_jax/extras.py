@@ -14,6 +14,7 @@ TRAIN = (
     "ml_collections",
     "orbax",
     "PIL",
+    "platformdirs",
     "pyarrow",
     "sklearn",
     "tensorboardX",

@@ -45,7 +45,7 @@ TIMES = ("images_per_second", "seconds")
 # Ends the process, or tells it to end, at a moment of the comparison: in a step, or after so many records.
 DRIVER = """
 import itertools, os, runpy, signal, sys
-from dpa_jax.data.feeds.memory import Feed
+from dpa_jax.data.feeds.memory import MemoryFeed as Feed
 from dpa_jax.training.record import Recorder
 
 moment, at = sys.argv[1], int(sys.argv[2])

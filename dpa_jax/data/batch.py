@@ -1,26 +1,129 @@
-"""What a training or evaluation step is given."""
+"""Batches of examples, and what is known of a data set before anything is loaded.
+
+Nothing here imports JAX, so that the loader's worker processes need not.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.struct
-import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import jax
+    from ml_collections import ConfigDict
+
+    from dpa_jax.data.feeds.base import BaseFeed
 
 
-@flax.struct.dataclass
-class Batch:
-    """One global batch; axis 0 of every leaf is sharded over the mesh axis `"data"`.
+class Batch(NamedTuple):
+    """One global batch; axis 0 of every array is sharded over the mesh axis `"data"`.
 
     Attributes:
-      inputs: what the model is given, a pytree of arrays [B, ...]; images are uint8 [B, H, W, C] until the
-        augmentation has seen them.
-      labels: int32 [B]; -1 is padding, which counts nowhere.
+      inputs: a pytree of arrays [B, ...]; images are uint8 [B, H, W, C] until they are augmented.
+      labels: int32 [B]; -1 marks padding, which is ignored.
       index: int32 [B], the examples' positions in their split.
       epoch: int32 [B], the epoch each example belongs to.
     """
 
     inputs: Any
     labels: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # the method of tuples gives way
     epoch: jax.Array
+
+
+class Mixed(NamedTuple):
+    """A batch whose examples are mixed in pairs.
+
+    Attributes:
+      inputs: a pytree of arrays [B, ...].
+      labels: int32 [B], of the example with the greater weight.
+      others: int32 [B], of the other example.
+      weight: float32 [], at least 0.5; the target is weight * labels + (1 - weight) * others.
+    """
+
+    inputs: Any
+    labels: jax.Array
+    others: jax.Array
+    weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array of one example; a side that differs between examples is None."""
+
+    shape: tuple[int | None, ...]
+    dtype: np.dtype
+
+    def accepts(self, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+        """Whether an array of this shape and dtype is as the spec says."""
+        same = len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
+        return same and dtype == self.dtype
+
+    def __str__(self) -> str:
+        return f"{np.dtype(self.dtype)} [{', '.join('any' if side is None else str(side) for side in self.shape)}]"
+
+
+class Transforms(NamedTuple):
+    """What is done to a batch inside the compiled training and evaluation steps.
+
+    Attributes:
+      train: (key, batch) -> the model's inputs.
+      evaluate: batch -> the model's inputs.
+      mix: (key, inputs, labels) -> Mixed, applied to what `train` returns; None: examples are not mixed.
+    """
+
+    train: Callable[[jax.Array, Batch], Any]
+    evaluate: Callable[[Batch], Any]
+    mix: Callable[[jax.Array, Any, jax.Array], Mixed] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known of a data set before it is loaded.
+
+    Attributes:
+      name: as `config.data.name` has it.
+      inputs: a pytree of ArraySpec, one example as it is stored.
+      num_classes: labels are 0 .. num_classes - 1.
+      class_names: one a class, in the order of the labels.
+      train_examples: the size of the training split.
+      test_examples: the size of the held-out split.
+      metrics: what an evaluation reports.
+
+    Raises:
+      ValueError: another number of names than of classes.
+    """
+
+    name: str
+    inputs: Any
+    num_classes: int
+    class_names: tuple[str, ...]
+    train_examples: int
+    test_examples: int
+    metrics: str = "classification"
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
+
+    def configured(self, data: ConfigDict) -> Spec:
+        """The spec with what the configuration's `data` part overrides."""
+        return self
+
+    def model_options(self) -> dict[str, Any]:
+        """The options of a model that follow from the data."""
+        return {}
+
+    def transforms(self, config: ConfigDict, train_feed: BaseFeed, eval_feed: BaseFeed) -> Transforms:
+        """What the training and the evaluation step do to a batch that a feed gives.
+
+        Args:
+          config: a run's configuration.
+          train_feed: of the training split.
+          eval_feed: of the held-out split.
+        """
+        return Transforms(train=lambda _, batch: batch.inputs, evaluate=lambda batch: batch.inputs)

@@ -24,12 +24,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from dpa_jax import command_line
 from dpa_jax.checks import check_range
 from dpa_jax.config import validate
-from dpa_jax.data import augment, sources
+from dpa_jax.data import augment
 from dpa_jax.data.augment.operations import WITHOUT_ARGUMENT
 from dpa_jax.data.augment.policy import arguments_of
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds.sampler import Sampler
-from dpa_jax.data.splits import AnySplit, Split
+from dpa_jax.data.images import EncodedSplit, ImageSpec
+from dpa_jax.data.sources import open_source
+from dpa_jax.data.splits import ArraySplit
 
 Treatment = Callable[[jax.Array, Batch], jax.Array]
 
@@ -41,7 +43,7 @@ _CROPS = {"resized": "random resized crop", "pad": "random crop"}
 _INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
 
 
-def pick(split: AnySplit, count: int, size: int, seed: int) -> Batch:
+def pick(split: ArraySplit | EncodedSplit, count: int, size: int, seed: int) -> Batch:
     """The first images of a training run.
 
     Args:
@@ -54,15 +56,13 @@ def pick(split: AnySplit, count: int, size: int, seed: int) -> Batch:
       N images.
 
     Raises:
-      ValueError: there are fewer images, or not of 1 or 3 channels, or no size to cut to, or one is damaged.
+      ValueError: there are fewer images, or no size to cut to, or one is damaged.
       OSError: an image cannot be read.
     """
     check_range("preview", "the number of images", count, low=1, high=len(split))
-    if split.channels not in (1, 3):
-        raise ValueError(f"preview: images of 1 or 3 channels can be shown, not of {split.channels}")
     index, epoch = Sampler(len(split), count, seed).indices(0)
-    if isinstance(split, Split):
-        images = split.images[index]
+    if isinstance(split, ArraySplit):
+        images = split.inputs[index]
     else:
         check_range("config", "augment.image_size", size, low=1)
         images = np.stack([_square(split.read(i), size) for i in index])
@@ -105,7 +105,7 @@ def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) 
 
     def mixed(treatment: Treatment, **alphas: float) -> Treatment:
         def mix(key: jax.Array, batch: Batch) -> jax.Array:
-            return augment.mix(key, treatment(key, batch), batch.labels, **alphas).images
+            return augment.mix(key, treatment(key, batch), batch.labels, **alphas).inputs
 
         return mix if any(alphas.values()) else treatment
 
@@ -200,13 +200,16 @@ def preview(config: ConfigDict, count: int = 8) -> Image.Image:
       OSError: the data is not there, or cannot be read.
     """
     validate(config)
-    dataset = sources.load(config.data)
+    source = open_source(config.data)
+    spec = source.spec
+    if not isinstance(spec, ImageSpec) or spec.channels not in (1, 3):
+        raise ValueError(f"preview: only images of 1 or 3 channels can be shown, not {spec.inputs}")
     size = max(config.augment.image_size, config.augment.eval_resize)
-    batch = pick(dataset.train, count, size, config.seed)
-    rows = treatments(config.augment, dataset.mean, dataset.std)
+    batch = pick(source.load()[0], count, size, config.seed)
+    rows = treatments(config.augment, spec.mean, spec.std)
     key = jax.random.key(config.seed)
     drawn = {title: np.asarray(treatment(key, batch)) for title, treatment in rows.items()}
-    return contact_sheet(drawn, [dataset.class_names[label] for label in batch.labels])
+    return contact_sheet(drawn, [spec.class_names[label] for label in batch.labels])
 
 
 def main(argv: list[str] | None = None) -> None:

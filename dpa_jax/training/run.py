@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
 from dpa_jax.config import validate
-from dpa_jax.data import augment, sources
 from dpa_jax.data.batch import Batch
+from dpa_jax.data.feeds import make_feed
 from dpa_jax.data.feeds.base import BaseFeed
-from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.data.sources import open_source
 from dpa_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -45,21 +45,23 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
     # ---------------- Data ----------------
-    dataset = sources.load(config.data)
-    train_feed = make_feed(dataset.train, mesh, config.batch_size, config, training=True)
-    eval_feed = make_feed(dataset.test, mesh, config.eval_batch_size, config, training=False)
-    train_transform = augment.train_transform(train_feed.left_to_do(config.augment), dataset.mean, dataset.std)
-    eval_transform = augment.eval_transform(eval_feed.left_to_do(config.augment), dataset.mean, dataset.std)
+    source = open_source(config.data)
+    train_feed = make_feed(source, mesh, config.batch_size, config, training=True)
+    eval_feed = make_feed(source, mesh, config.eval_batch_size, config, training=False)
+    transforms = source.spec.transforms(config, train_feed, eval_feed)
 
     # ---------------- Model ----------------
-    model = create_model(config, dataset.num_classes, train_feed.image_shape[-1])
-    size = config.augment.image_size
-    for height, width, channels in (train_feed.image_shape, eval_feed.image_shape):
-        given, wanted = (size or height, size or width, channels), model.example_inputs.shape[1:]
+    model = create_model(config, source.spec.num_classes, **source.spec.model_options())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for given in (
+        jax.eval_shape(transforms.train, key, train_feed.abstract_batch),
+        jax.eval_shape(transforms.evaluate, eval_feed.abstract_batch),
+    ):
+        wanted, given = (_shapes_of_one(inputs) for inputs in (model.example_inputs, given))
         if wanted != given:
             raise ValueError(
-                f"model {config.model!r} takes images of shape {wanted}; those of data {config.data.name!r} "
-                f"come as {given}. Set config.augment.image_size or the model's sizes in config.model_options."
+                f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come as "
+                f"{given}. Set config.augment.image_size or the model's sizes in config.model_options."
             )
 
     # ---------------- Optimiser ----------------
@@ -71,12 +73,10 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     optimizer = make_optimizer(config, schedule)
 
     # ---------------- Steps ----------------
-    alphas = {"mixup": config.augment.mixup, "cutmix": config.augment.cutmix}
-    mix = functools.partial(augment.mix, **alphas) if any(alphas.values()) else None
     train_step = make_train_step(
-        model, optimizer, train_transform, dict(config.coefficients), config.label_smoothing, mix
+        model, optimizer, transforms.train, dict(config.coefficients), config.label_smoothing, transforms.mix
     )
-    eval_step = make_eval_step(model, eval_transform)
+    eval_step = make_eval_step(model, transforms.evaluate)
     # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer)
     _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create((), seed=0)), train_feed.abstract_batch)
@@ -211,6 +211,9 @@ class Run:
         Raises:
             FileNotFoundError: if the data is not there; the message says how to get it.
         """
+        self.eval_feed.load()
+        for feed in self.feeds:
+            feed.load()
 
     def close(self) -> None:
         """Ends what reads ahead for training."""
@@ -273,3 +276,8 @@ class Run:
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+
+
+def _shapes_of_one(inputs: Any) -> Any:
+    """The shapes of one example, in the structure of a batch of them."""
+    return jax.tree.map(lambda leaf: leaf.shape[1:], inputs)

@@ -47,13 +47,13 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, **memory, **self.model_state}
 
 
-def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.Module:
+def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> nn.Module:
     """The configured model with the configured mechanism in it.
 
     Args:
         config: a run's configuration.
-        num_classes: K of the data set.
-        in_channels: of its images.
+        num_classes: K of the data.
+        **data_options: options of the model that follow from the data (`Spec.model_options`).
 
     Raises:
         ValueError: for names and options that do not exist.
@@ -63,7 +63,7 @@ def create_model(config: ConfigDict, num_classes: int, in_channels: int) -> nn.M
     # DNRT is two things: RAA as the activation, and ARR behind the blocks.
     name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
-    given = {**arr, "activation": None, "in_channels": in_channels, "dtype": jnp.dtype(config.precision)}
+    given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
     check_options("config", model, config.model_options, "model_options", ("num_classes", *given))
     check_options("config", mechanism, config.mechanism_options, "mechanism_options", ("num_classes",))
     options = dict(config.mechanism_options)

@@ -48,7 +48,7 @@ def make_train_step(
         images, labels = transform(augment_key, batch), batch.labels
         if mix:
             mixed = mix(jax.random.fold_in(mix_key, state.step), images, labels)
-            images, labels = mixed.images, mixed.labels
+            images, labels = mixed.inputs, mixed.labels
         dropout_key = jax.random.fold_in(dropout_key, state.step)
 
         def loss_fn(params, backward_memory):
@@ -114,20 +114,20 @@ class Evaluation:
 
 
 def make_eval_step(
-    model: nn.Module, transform: Callable[[jax.Array], jax.Array]
+    model: nn.Module, transform: Callable[[Batch], jax.Array]
 ) -> Callable[[dict[str, Any], Batch], Evaluation]:
     """The evaluation of one batch.
 
     Args:
         model: as for `make_train_step`.
-        transform: uint8 images to normalised ones [B, H, W, C].
+        transform: a batch to the model's inputs.
 
     Returns:
         (variables, batch) -> Evaluation; add up those of a split's batches with ``jax.tree.map(jnp.add, ...)``.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Evaluation:
-        logits, mutated = model.apply(variables, transform(batch.inputs), batch.labels, mutable=[RECORDS])
+        logits, mutated = model.apply(variables, transform(batch), batch.labels, mutable=[RECORDS])
         summary: Summary = summarize(mutated)
         classification = Classification.empty(logits.shape[-1]).update(logits, batch.labels)
         return Evaluation(

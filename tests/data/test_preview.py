@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dpa_jax.config import default_config
-from dpa_jax.data import preview, sources
+from dpa_jax.data import preview
+from dpa_jax.data.sources import open_source
 from dpa_jax.data.sources.folder import FolderSplit
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,12 +36,13 @@ def colour():
     part = config.augment
     part.update(crop="resized", flip=0.5, rand_augment="rand-m9-mstd0.5-inc1", color_jitter=(0.4, 0.4, 0.4, 0.1))
     part.update(erase=0.25, mixup=0.8, cutmix=1.0)
-    dataset = sources.load(config.data)
-    batch = preview.pick(dataset.train, 5, 0, seed=3)
-    assert np.array_equal(batch.inputs, dataset.train.images[batch.index])
-    assert np.array_equal(batch.labels, dataset.train.labels[batch.index])
+    source = open_source(config.data)
+    train, _ = source.load()
+    batch = preview.pick(train, 5, 0, seed=3)
+    assert np.array_equal(batch.inputs, train.inputs[batch.index])
+    assert np.array_equal(batch.labels, train.labels[batch.index])
     assert len(set(batch.index.tolist())) == 5
-    rows = preview.treatments(part, dataset.mean, dataset.std)
+    rows = preview.treatments(part, source.spec.mean, source.spec.std)
     key = jax.random.key(0)
     return np.asarray(batch.inputs), {title: np.asarray(treatment(key, batch)) for title, treatment in rows.items()}
 
@@ -102,7 +104,7 @@ def cell(sheet, row, column, rows, columns):
 
 def test_cells_are_where_they_should_be(digits):
     config, sheet = digits
-    batch = preview.pick(sources.load(config.data).train, 3, 0, config.seed)
+    batch = preview.pick(open_source(config.data).load()[0], 3, 0, config.seed)
     rows = 1 + 15 + 1 + preview.DRAWS + 1
     for column, image in enumerate(batch.inputs):
         expected = np.repeat(image, 3, axis=-1)
@@ -129,7 +131,7 @@ def test_the_command_draws_the_same_again(digits, tmp_path):
 
 def test_another_seed_takes_other_images(digits):
     config, _ = digits
-    split = sources.load(config.data).train
+    split = open_source(config.data).load()[0]
     assert not np.array_equal(preview.pick(split, 3, 0, seed=0).index, preview.pick(split, 3, 0, seed=1).index)
 
 
@@ -149,10 +151,11 @@ def test_an_output_that_cannot_be_written_is_one_line(output, message):
 def test_what_cannot_be_shown():
     config = default_config()
     config.data.update(name="synthetic", train_examples=4, test_examples=4, channels=2)
+    with pytest.raises(ValueError, match=r"of 1 or 3 channels can be shown, not uint8 \[32, 32, 2\]"):
+        preview.preview(config, 2)
+    config.data.channels = 3
     with pytest.raises(ValueError, match=r"the number of images must be in \[1, 4\]; got 8"):
         preview.preview(config)
-    with pytest.raises(ValueError, match="of 1 or 3 channels can be shown, not of 2"):
-        preview.preview(config, 2)
     config.augment.crop = "middle"
     with pytest.raises(ValueError, match=r"augment.crop must be one of none, pad, resized"):
         preview.preview(config, 2)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dpa_jax.config import default_config
 from dpa_jax.data.feeds.stream import StreamFeed
-from dpa_jax.data.splits import CorruptImageError
+from dpa_jax.data.images import CorruptImageError
 from dpa_jax.training.loop import train_and_evaluate
 from dpa_jax.training.run import build
 

@@ -46,7 +46,7 @@ def restore(config, workdir, step=None):
 
 def normalized(split):
     """Images as the model gets them: synthetic data without augmentation."""
-    return (split.images / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
+    return (split.inputs / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
 
 
 def log_softmax(logits):
@@ -106,7 +106,7 @@ def test_evaluation_counts_the_whole_split(finished):
 
     # By hand: all 20 images at once, without batches, padding or counts.
     split, state = build(config).eval_feed.split, jax.device_get(restore(config, workdir)[1])
-    logits = np.asarray(jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)))
+    logits = np.asarray(jax.jit(create_model(config, 4, in_channels=1).apply)(state.variables, normalized(split)))
     log_probabilities, taken = log_softmax(logits), np.argmax(logits, axis=1)
     scores = sklearn.metrics.precision_recall_fscore_support(split.labels, taken, average="macro", zero_division=0)
     wanted = {
@@ -185,7 +185,7 @@ def test_label_smoothing():
     run = build(config, jax.devices()[:1])
     state, split = run.init(), run.feeds[0].split
     index, _ = run.feeds[0].sampler.indices(0)
-    logits = jax.jit(create_model(config, 4, 1).apply)(state.variables, normalized(split)[index])
+    logits = jax.jit(create_model(config, 4, in_channels=1).apply)(state.variables, normalized(split)[index])
     targets = 0.5 * np.eye(4)[split.labels[index]] + 0.5 / 4
     _, metrics = run.step(state, 0)
     wanted = -np.mean(np.sum(targets * log_softmax(logits), axis=1))
@@ -243,8 +243,8 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     step, state = restore(config, workdir)
     params = jax.tree.map(lambda leaf: leaf, state.params)
-    bias = params["block0"]["mlp"]["expand"]["bias"]
-    params["block0"]["mlp"]["expand"]["bias"] = jnp.full_like(bias, 3e19)  # its square is no float32
+    bias = params["blocks"]["mlp"]["expand"]["bias"]
+    params["blocks"]["mlp"]["expand"]["bias"] = jnp.full_like(bias, 3e19)  # its square is no float32
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(step + 1, state.replace(params=params, step=state.step + 1))
     config = tiny_config(epochs=3, allow_change="epochs")

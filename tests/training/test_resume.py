@@ -43,7 +43,7 @@ import itertools, os, pathlib, runpy, signal, sys, time
 
 moment, at, train, *arguments = sys.argv[1:]
 at, checkpoints = int(at), pathlib.Path(arguments[-1]) / "checkpoints"
-from dpa_jax.data.feeds.memory import Feed
+from dpa_jax.data.feeds.memory import MemoryFeed as Feed
 from dpa_jax.training import loop
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.record import Recorder

@@ -55,7 +55,7 @@ def test_mixed_images_are_learnt_with_both_labels_and_remembered_under_the_great
     (mixed,) = seen
     # The same images under one label each: memories, masks and penalty are the same, the cross-entropies add up.
     parts = [
-        run(None, smoothing, make_batch().replace(inputs=mixed.images, labels=labels))
+        run(None, smoothing, make_batch()._replace(inputs=mixed.inputs, labels=labels))
         for labels in (mixed.labels, mixed.others)
     ]
     losses = [metrics["loss_cross_entropy"] for _, metrics in parts]

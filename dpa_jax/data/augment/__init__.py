@@ -6,13 +6,11 @@ A train transform is a list of `(key, image) -> image` functions; an operation i
 
 from dpa_jax.data.augment.color import adjust_hue as adjust_hue
 from dpa_jax.data.augment.color import color_jitter as color_jitter
-from dpa_jax.data.augment.crop import box_from_draws as box_from_draws
 from dpa_jax.data.augment.crop import center_crop as center_crop
 from dpa_jax.data.augment.crop import random_crop as random_crop
 from dpa_jax.data.augment.crop import random_flip as random_flip
 from dpa_jax.data.augment.crop import random_resized_crop as random_resized_crop
 from dpa_jax.data.augment.erasing import random_erasing as random_erasing
-from dpa_jax.data.augment.mixing import Mixed as Mixed
 from dpa_jax.data.augment.mixing import mix as mix
 from dpa_jax.data.augment.operations import OPERATIONS as OPERATIONS
 from dpa_jax.data.augment.operations import apply_op as apply_op
@@ -24,3 +22,5 @@ from dpa_jax.data.augment.resample import resized_crop as resized_crop
 from dpa_jax.data.augment.transforms import eval_transform as eval_transform
 from dpa_jax.data.augment.transforms import normalize as normalize
 from dpa_jax.data.augment.transforms import train_transform as train_transform
+from dpa_jax.data.batch import Mixed as Mixed
+from dpa_jax.data.boxes import box_from_draws as box_from_draws

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from dpa_jax.data.augment.resample import random_kernel, resample, resized_crop
-
-BOX_DRAWS = 22
+from dpa_jax.data.boxes import BOX_DRAWS, box_from_draws
 
 
 def random_crop(key: jax.Array, image: jax.Array, padding: int) -> jax.Array:
@@ -71,52 +68,3 @@ def center_crop(image: jax.Array, size: int) -> jax.Array:
         raise ValueError(f"cannot cut {size} x {size} out of an image of {height} x {width}")
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]
-
-
-def box_from_draws(draws: Any, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Any:
-    """The box of a random resized crop: up to ten tries, then the largest central box within the ratios.
-
-    Args:
-      draws: float32 [22], uniform in [0, 1); a NumPy or a JAX array.
-      height: of the image, in pixels.
-      width: likewise.
-      scale: least and greatest area, as a fraction of the image's.
-      ratio: least and greatest width divided by height; drawn uniformly in its logarithm.
-
-    Returns:
-      int32 [4], top, left, height, width, an array of the kind that `draws` is.
-    """
-    xp = draws.__array_namespace__()
-    fits, box_height, box_width = first_fit(draws[:20], height, width, height * width, scale, ratio)
-    box_height = xp.where(fits, box_height, min(height, round(width / ratio[0])))
-    box_width = xp.where(fits, box_width, min(width, round(height * ratio[1])))
-    room = xp.stack([height - box_height, width - box_width])
-    anywhere = xp.floor(draws[20:] * (room + 1).astype(xp.float32)).astype(xp.int32)
-    corner = xp.where(fits, anywhere, room // 2)
-    return xp.concat([corner, xp.stack([box_height, box_width])]).astype(xp.int32)
-
-
-def first_fit(
-    draws: Any, max_height: int, max_width: int, area: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[Any, Any, Any]:
-    """The first of ten random boxes that is no larger than it may be.
-
-    Args:
-      draws: float32 [20], uniform in [0, 1); a NumPy or a JAX array.
-      max_height: in pixels.
-      max_width: likewise.
-      area: of the image, in pixels.
-      scale: least and greatest area, as a fraction of the image's.
-      ratio: least and greatest width divided by height; drawn uniformly in its logarithm.
-
-    Returns:
-      Whether there is one, its height and its width.
-    """
-    xp = draws.__array_namespace__()
-    areas = area * (scale[0] + (scale[1] - scale[0]) * draws[:10])
-    aspects = ratio[0] * (ratio[1] / ratio[0]) ** draws[10:]
-    widths = xp.round(xp.sqrt(areas * aspects)).astype(xp.int32)
-    heights = xp.round(xp.sqrt(areas / aspects)).astype(xp.int32)
-    fits = (widths > 0) & (widths <= max_width) & (heights > 0) & (heights <= max_height)
-    first = xp.argmax(fits)
-    return fits[first], heights[first], widths[first]

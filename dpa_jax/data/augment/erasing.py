@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.data.augment.crop import BOX_DRAWS, first_fit
+from dpa_jax.data.boxes import BOX_DRAWS, first_fit
 
 
 def random_erasing(

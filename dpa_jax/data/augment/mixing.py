@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-
-@flax.struct.dataclass
-class Mixed:
-    """A batch whose images are mixed in pairs.
-
-    Attributes:
-      images: [B, H, W, C].
-      labels: int32 [B], of the image that makes up the greater part.
-      others: int32 [B], of the other image.
-      weight: float32 [], the greater part; the target is weight * labels + (1 - weight) * others.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    others: jax.Array
-    weight: jax.Array
+from dpa_jax.data.batch import Mixed
 
 
 def mix(
@@ -55,7 +39,7 @@ def mix(
     weight = jnp.mean(own_HxW)
     more = weight >= 0.5
     return Mixed(
-        images=own * images + (1 - own) * images[::-1],
+        inputs=own * images + (1 - own) * images[::-1],
         labels=jnp.where(more, labels, labels[::-1]),
         others=jnp.where(more, labels[::-1], labels),
         weight=jnp.maximum(weight, 1 - weight),

@@ -13,60 +13,65 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch
+from dpa_jax.data.batch import Batch, Spec
 from dpa_jax.data.feeds.sampler import Sampler
-from dpa_jax.data.splits import AnySplit
 
 _CPU_BYTES = 2 * 2**30
 
 
 class BaseFeed(abc.ABC):
-    """Batches of a split on the devices of a mesh: what those in memory and those that are read have in common.
+    """Batches of one split on the devices of a mesh; nothing is read or put there before it is needed.
 
     Args:
-      split: the images and labels.
-      image_shape: height, width and channels of the images in a batch.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over.
+      spec: the data set's.
+      num_examples: the size of the split.
+      inputs: a pytree of ArraySpec, one example as it is in a batch.
+      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
-      seed: of the order of training images.
+      seed: of the order of training examples.
 
     Raises:
       ValueError: the batch size does not divide.
     """
 
-    def __init__(self, split: AnySplit, image_shape: tuple[int, ...], mesh: Mesh, batch_size: int, seed: int):
+    def __init__(self, spec: Spec, num_examples: int, inputs: Any, mesh: Mesh, batch_size: int, seed: int):
         """See the class."""
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}")
-        self.split, self.image_shape, self.batch_size, self.seed = split, image_shape, batch_size, seed
+        self.spec, self.num_examples, self.inputs = spec, num_examples, inputs
+        self.mesh, self.batch_size, self.seed = mesh, batch_size, seed
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """The order of the training images."""
-        return Sampler(len(self.split), self.batch_size, self.seed)
+        """The order of the training examples."""
+        return Sampler(self.num_examples, self.batch_size, self.seed)
 
     @property
     def abstract_batch(self) -> Batch:
         """Shapes, dtypes and shardings of a batch."""
         abstract: Any = functools.partial(jax.ShapeDtypeStruct, sharding=self._sharded)
-        images = abstract((self.batch_size, *self.image_shape), np.uint8)
+        inputs = jax.tree.map(lambda array: abstract((self.batch_size, *array.shape), array.dtype), self.inputs)
         numbers = abstract((self.batch_size,), np.int32)
-        return Batch(inputs=images, labels=numbers, index=numbers, epoch=numbers)
+        return Batch(inputs=inputs, labels=numbers, index=numbers, epoch=numbers)
 
     def reordered(self, seed: int) -> Self:
-        """The same images, which are not put on the devices again, in the training order of another seed."""
+        """The same examples in the training order of another seed; they are read and put on the devices once."""
         feed = copy.copy(self)
         feed.seed = seed
         vars(feed).pop("sampler", None)
         return feed
 
+    def left_to_do(self, augment: ConfigDict) -> ConfigDict:
+        """The part of the configuration's `augment` that the feed leaves to the device: all of it here."""
+        return augment
+
     def close(self) -> None:  # noqa: B027
-        """Ends what reads ahead for training, where something does."""
+        """Ends the threads or processes that read ahead for training, where there are any."""
 
     @abc.abstractmethod
-    def left_to_do(self, augment: ConfigDict) -> ConfigDict:
-        """What of the configuration's `augment` part has not happened to the images of a batch yet."""
+    def load(self) -> None:
+        """Reads what is read once, and puts on the devices what stays there; does nothing the second time."""
 
     @abc.abstractmethod
     def train(self, step: int) -> Batch:
@@ -84,10 +89,13 @@ def put(shape: tuple[int, ...], sharding: NamedSharding, rows: Callable[..., np.
 
 
 def fits(size: int, mesh: Mesh) -> bool:
-    """Whether so many bytes are a small part of a device's memory."""
-    device = mesh.local_devices[0]
-    if device.platform == "cpu":
-        return size * len(mesh.local_devices) <= _CPU_BYTES
+    """Whether so many bytes are at most a quarter of a device's memory (CPU: 2 GiB); False where that is unknown."""
+    devices = mesh.local_devices
+    if devices and devices[0].platform == "cpu":
+        return size * len(devices) <= _CPU_BYTES
     # The whole memory and not what is free now, so that all processes decide alike.
-    stats = device.memory_stats() or {}
+    try:
+        stats = devices[0].memory_stats() or {}
+    except (IndexError, jax.errors.JaxRuntimeError):  # the mesh is a description, its devices are not here
+        stats = {}
     return size <= stats.get("bytes_limit", 0) // 4

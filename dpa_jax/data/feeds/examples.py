@@ -1,17 +1,25 @@
-"""The images of a run of batches, one after the other, as grain takes them: made in threads or worker processes."""
+"""Reading the images of batches: each is a function of the seed and its place in the stream of examples.
+
+Worker processes run this. Nothing here imports JAX, so that they need not.
+"""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import itertools
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypedDict
 
 import numpy as np
 
 from dpa_jax.data.feeds.host_crop import DRAWS, EvalCrop, TrainCrop
 from dpa_jax.data.feeds.sampler import Sampler
-from dpa_jax.data.splits import CorruptImageError, LazySplit
+from dpa_jax.data.images import CorruptImageError, EncodedSplit
+from dpa_jax.data.splits import ArraySplit
 
 
 class Example(TypedDict):
@@ -43,7 +51,7 @@ class Examples(abc.ABC):
       first: the first batch's number.
     """
 
-    split: LazySplit
+    split: EncodedSplit
     rows: np.ndarray
     batch_size: int
     first: int
@@ -103,7 +111,7 @@ class EvalExamples(Examples):
         return Example(image=cut, label=label, index=position if inside else 0, epoch=0, corrupt=corrupt)
 
 
-def read_or_next(split: LazySplit, i: int) -> tuple[np.ndarray, int, str]:
+def read_or_next(split: EncodedSplit, i: int) -> tuple[np.ndarray, int, str]:
     """Reads image i, or the next that can be decoded.
 
     Returns:
@@ -122,12 +130,74 @@ def read_or_next(split: LazySplit, i: int) -> tuple[np.ndarray, int, str]:
     raise CorruptImageError(f"{corrupt}, nor can any other image of the split")
 
 
-def read_or_none(split: LazySplit, i: int) -> tuple[np.ndarray | None, str]:
+def read_or_none(split: EncodedSplit, i: int) -> tuple[np.ndarray | None, str]:
     """Reads image i: uint8 [H, W, 3] and an empty string, or None and why it cannot be decoded."""
     try:
         return split.read(i), ""
     except CorruptImageError as error:
         return None, str(error)
+
+
+def decode_all(split: EncodedSplit, replace: bool, training: bool) -> ArraySplit:
+    """All images of a split in memory.
+
+    Args:
+      split: images of one size.
+      replace: do without corrupt images, as `TrainExamples` and `EvalExamples` do, and warn of them.
+      training: whether it is the training split.
+
+    Raises:
+      ValueError: the images are of several sizes.
+      CorruptImageError: one cannot be decoded, and is not to be replaced; or none can.
+    """
+    first, shape = next(shapes_of(split))
+    images, labels = np.zeros((len(split), *shape), np.uint8), split.labels.copy()
+
+    def fill(i: int) -> tuple[str, str]:
+        image: np.ndarray | None
+        if training:
+            image, taken, reason = read_or_next(split, i)
+            labels[i], consequence = split.labels[taken], f"{split.where(taken)} takes its place"
+        else:
+            image, reason = read_or_none(split, i)
+            if image is None:
+                labels[i] = -1
+                return reason, "it counts nowhere"
+            consequence = ""
+        if image.shape != shape:
+            raise ValueError(
+                f"data.resident=device needs images of one size: {split.where(first)} is {shape}, "
+                f"{split.where(i)} is {image.shape}. Pass --config.data.resident=host."
+            )
+        images[i] = image
+        return reason, consequence
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for reason, consequence in pool.map(fill, range(len(split))):
+            if reason:
+                do_without(reason, consequence, replace)
+    return ArraySplit(images, labels)
+
+
+def shapes_of(split: EncodedSplit) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Positions and shapes of the images whose headers can be read; CorruptImageError where there is none."""
+    found = False
+    for i in range(len(split)):
+        try:
+            shape = split.shape(i)
+        except CorruptImageError:  # which is told of when it is decoded
+            continue
+        found = True
+        yield i, shape
+    if not found:
+        raise CorruptImageError(f"no image of the split can be decoded, from {split.where(0)} on")
+
+
+def do_without(reason: str, consequence: str, replace: bool) -> None:
+    """Warns of a corrupt image, or raises CorruptImageError where it must not be replaced."""
+    if not replace:
+        raise CorruptImageError(f"{reason}. Mend it, or do without it: --config.data.corrupt=replace")
+    warnings.warn(f"{reason}; {consequence}", RuntimeWarning, stacklevel=3)
 
 
 def uniform(seed: int, epoch: int, index: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dpa_jax.data.augment.crop import BOX_DRAWS, box_from_draws
+from dpa_jax.data.boxes import BOX_DRAWS, box_from_draws
 
 DRAWS = BOX_DRAWS + 1  # and one for the interpolation
 

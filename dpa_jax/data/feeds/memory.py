@@ -1,55 +1,76 @@
-"""Batches of images that are in memory."""
+"""Batches of examples that are in memory: any pytree of arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch
+from dpa_jax.data.batch import Batch, Spec
 from dpa_jax.data.feeds.base import BaseFeed, fits, put
-from dpa_jax.data.splits import Split
-
-RESIDENCES = ("auto", "device", "host")
+from dpa_jax.data.splits import ArraySplit
 
 
-class Feed(BaseFeed):
-    """Batches of images that are in memory.
+class MemoryFeed(BaseFeed):
+    """Batches of examples that are in memory.
 
     Args:
-      split: the images and labels.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over.
+      spec: the data set's.
+      num_examples: the size of the split.
+      inputs: a pytree of ArraySpec without None, one example.
+      read: () -> the split; called once, when it is needed.
+      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
-      seed: of the order of training images.
-      resident: where the images wait: "device" (put there once, whole on every device, then a batch is a
-        gather), "host" (a batch's images are sent at every step), or "auto": "device" where they take at most
-        a quarter of a device's memory, or 2 GiB of the host's on CPU.
+      seed: of the order of training examples.
+      resident: where the examples wait: "device" (put there once, whole on every device; a batch is a gather),
+        "host" (a batch is sent at every step), or "auto": "device" where they take at most a quarter of a device's
+        memory, or 2 GiB of the host's on CPU.
 
     Raises:
-      ValueError: the batch size does not divide, or `resident` is something else.
+      ValueError: the batch size does not divide.
     """
 
-    split: Split
-
-    def __init__(self, split: Split, mesh: Mesh, batch_size: int, seed: int, resident: str = "auto"):
+    def __init__(
+        self,
+        spec: Spec,
+        num_examples: int,
+        inputs: Any,
+        read: Callable[[], ArraySplit],
+        mesh: Mesh,
+        batch_size: int,
+        seed: int,
+        resident: str = "auto",
+    ):
         """See the class."""
-        super().__init__(split, split.images.shape[1:], mesh, batch_size, seed)
-        if resident not in RESIDENCES:
-            raise ValueError(f"resident must be one of {', '.join(RESIDENCES)}, not {resident!r}")
+        super().__init__(spec, num_examples, inputs, mesh, batch_size, seed)
         if resident == "auto":
-            resident = "device" if fits(split.images.nbytes, mesh) else "host"
+            size = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in jax.tree.leaves(inputs))
+            resident = "device" if fits(num_examples * size, mesh) else "host"
         self.resident = resident
-        if resident == "device":
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self._images = put(split.images.shape, everywhere, lambda where: split.images[where])
-            self._gather = jax.jit(_gather, out_shardings=self._sharded)
+        # Shared by the feeds that `reordered` makes of this one.
+        self._stored = functools.cache(lambda: self._store(read()))
+        self._gather = jax.jit(_gather, out_shardings=self._sharded)
 
-    def left_to_do(self, augment: ConfigDict) -> ConfigDict:
-        """All of it."""
-        return augment
+    def _store(self, split: ArraySplit) -> tuple[ArraySplit, Any]:
+        """The split, and where it is resident on the devices its inputs there."""
+        if self.resident == "host":
+            return split, None
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return split, jax.tree.map(lambda leaf: put(leaf.shape, everywhere, lambda at: leaf[at]), split.inputs)
+
+    @property
+    def split(self) -> ArraySplit:
+        """The examples, which are read now if they were not."""
+        return self._stored()[0]
+
+    def load(self) -> None:
+        """Reads the examples, and puts them on the devices where they wait there."""
+        self._stored()
 
     def train(self, step: int) -> Batch:
         """The batch of a 0-based training step."""
@@ -57,28 +78,29 @@ class Feed(BaseFeed):
         return self._batch(self.split.labels[index], index, epoch)
 
     def evaluation(self) -> Iterator[Batch]:
-        """The whole split once, in order; the last batch is padded with image 0 and the label -1."""
-        for start in range(0, len(self.split), self.batch_size):
+        """The whole split once, in order; the last batch is padded with example 0 and the label -1."""
+        split = self.split
+        for start in range(0, len(split), self.batch_size):
             index = np.arange(start, start + self.batch_size, dtype=np.int32)
-            inside = index < len(self.split)
+            inside = index < len(split)
             index = np.where(inside, index, 0)
-            labels = np.where(inside, self.split.labels[index], -1)
+            labels = np.where(inside, split.labels[index], -1)
             yield self._batch(labels, index, np.zeros_like(index))
 
     def _batch(self, labels: np.ndarray, index: np.ndarray, epoch: np.ndarray) -> Batch:
-        index_on_devices = put(index.shape, self._sharded, lambda where: index[where])
-        if self.resident == "device":
-            images = self._gather(self._images, index_on_devices)
-        else:
-            shape = (self.batch_size, *self.split.images.shape[1:])
-            images = put(shape, self._sharded, lambda where: self.split.images[index[where[0]]])
-        return Batch(
-            inputs=images,
-            labels=put(labels.shape, self._sharded, lambda where: labels[where]),
-            index=index_on_devices,
-            epoch=put(epoch.shape, self._sharded, lambda where: epoch[where]),
-        )
+        def rows(array: np.ndarray) -> jax.Array:
+            return put(array.shape, self._sharded, lambda at: array[at])
+
+        def sent(leaf: np.ndarray) -> jax.Array:
+            return put((len(index), *leaf.shape[1:]), self._sharded, lambda at: leaf[index[at[0]]])
+
+        split, on_devices = self._stored()
+        index_on_devices = rows(index)
+        inputs = jax.tree.map(sent, split.inputs) if on_devices is None else self._gather(on_devices, index_on_devices)
+        return Batch(inputs=inputs, labels=rows(labels), index=index_on_devices, epoch=rows(epoch))
 
 
-def _gather(images: jax.Array, index: jax.Array) -> jax.Array:
-    return images.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+def _gather(arrays: Any, index: jax.Array) -> Any:
+    return jax.tree.map(
+        lambda array: array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False), arrays
+    )

@@ -7,16 +7,15 @@ threads, worker processes, devices or hosts, nor from where the run was started.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import multiprocessing
 import os
 import signal
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self, cast
 
 import grain
 import jax
@@ -25,43 +24,55 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch
+from dpa_jax.data.batch import ArraySpec, Batch
 from dpa_jax.data.feeds.base import BaseFeed, fits, put
-from dpa_jax.data.feeds.examples import EvalExamples, Example, Examples, TrainExamples, read_or_next, read_or_none
+from dpa_jax.data.feeds.examples import (
+    EvalExamples,
+    Example,
+    Examples,
+    TrainExamples,
+    decode_all,
+    do_without,
+    shapes_of,
+)
 from dpa_jax.data.feeds.host_crop import EvalCrop, TrainCrop
-from dpa_jax.data.feeds.memory import Feed
-from dpa_jax.data.splits import AnySplit, CorruptImageError, LazySplit, Split
+from dpa_jax.data.feeds.memory import MemoryFeed
+from dpa_jax.data.images import EncodedSplit, ImageSpec
+from dpa_jax.data.sources import Source
+from dpa_jax.data.splits import ArraySplit
 
 _WAITING = 8  # images of each worker that wait, in shared memory, of which a container may have little
 
 
-def make_feed(split: AnySplit, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
-    """The feed for a split: from memory where it is there or fits, else one that reads at every step.
+def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
+    """The feed for images that are stored encoded; arguments and errors are those of `make_feed`."""
+    spec, resident = cast(ImageSpec, source.spec), config.data.resident
+    examples = spec.train_examples if training else spec.test_examples
 
-    Args:
-      split: the images and labels.
-      mesh: a mesh with the one axis `"data"`.
-      batch_size: the global batch size.
-      config: a run's configuration; `seed`, `augment` and of `data` `resident`, `corrupt` and `workers` count.
-      training: whether the images are for training; what is done about corrupt ones depends on it.
+    def split() -> EncodedSplit:
+        return source.load()[0 if training else 1]
 
-    Raises:
-      ValueError: the configuration does not suit the split.
-      CorruptImageError: all images are decoded now, one cannot be, and `data.corrupt` is "refuse".
-    """
-    resident, replace = config.data.resident, config.data.corrupt == "replace"
-    if isinstance(split, LazySplit):
-        if resident == "host" or (resident == "auto" and not _fits_decoded(split, mesh)):
-            return StreamFeed(split, mesh, batch_size, config, training)
-        split = _decoded(split, replace, training)
-    return Feed(split, mesh, batch_size, config.seed, resident)
+    def read() -> ArraySplit:
+        return decode_all(split(), config.data.corrupt == "replace", training)
+
+    # An image has a pixel at least: what cannot fit is not even opened.
+    if resident == "device" or (resident == "auto" and fits(examples * spec.channels, mesh)):
+        shapes = shapes_of(split())
+        _, shape = next(shapes)
+        size = examples * math.prod(shape)
+        if resident == "device" or (fits(size, mesh) and all(other == shape for _, other in shapes)):
+            inputs = ArraySpec(shape, spec.inputs.dtype)
+            return MemoryFeed(spec, examples, inputs, read, mesh, batch_size, config.seed, resident)
+    return StreamFeed(spec, examples, split, mesh, batch_size, config, training)
 
 
 class StreamFeed(BaseFeed):
     """Batches of images that are read at every step, a little ahead of it.
 
     Args:
-      split: the images and labels.
+      spec: the data set's.
+      num_examples: the size of the split.
+      split: () -> the split.
       mesh: a mesh with the one axis `"data"`, which batches are sharded over; a process reads what its own devices get.
       batch_size: the global batch size, a multiple of the mesh's devices.
       config: a run's configuration. Images are cut to `augment.image_size` as `TrainCrop` and `EvalCrop` say, in
@@ -72,18 +83,40 @@ class StreamFeed(BaseFeed):
       ValueError: the batch size does not divide, or `augment` asks for what images of any size cannot have.
     """
 
-    split: LazySplit
-
-    def __init__(self, split: LazySplit, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool):
+    def __init__(
+        self,
+        spec: ImageSpec,
+        num_examples: int,
+        split: Callable[[], EncodedSplit],
+        mesh: Mesh,
+        batch_size: int,
+        config: ConfigDict,
+        training: bool,
+    ):
         """See the class."""
         size = config.augment.image_size
-        super().__init__(split, (size, size, split.channels), mesh, batch_size, config.seed)
+        inputs = ArraySpec((size, size, spec.channels), spec.inputs.dtype)
+        super().__init__(spec, num_examples, inputs, mesh, batch_size, config.seed)
+        self._open = split
         self._crop: Any = (TrainCrop if training else EvalCrop).from_config(config.augment)
         self._replace, self._workers = config.data.corrupt == "replace", config.data.workers
-        own = self._sharded.addressable_devices_indices_map((batch_size,)).values()
-        self._rows = np.sort(np.concatenate([np.arange(batch_size)[where] for where in own]))
         self._stream: grain.DatasetIterator | None = None
         self._next_step = 0
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        """The rows of a batch that this process's devices get, int [R], rising."""
+        own = self._sharded.addressable_devices_indices_map((self.batch_size,)).values()
+        return np.sort(np.concatenate([np.arange(self.batch_size)[where] for where in own]))
+
+    def load(self) -> None:
+        """Opens the split; images are read at every step."""
+        self._open()
+
+    @property
+    def split(self) -> EncodedSplit:
+        """The images, which are opened now if they were not."""
+        return self._open()
 
     def left_to_do(self, augment: ConfigDict) -> ConfigDict:
         """All but the cuts."""
@@ -105,17 +138,17 @@ class StreamFeed(BaseFeed):
         self._next_step = step + 1
         batch, corrupt = next(self._stream)
         for reason, taken in corrupt:
-            _do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
+            do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
         return batch
 
     def evaluation(self) -> Iterator[Batch]:
         """The whole split once, in order; padding, and what cannot be decoded, is black and has the label -1."""
-        batches = math.ceil(len(self.split) / self.batch_size)
+        batches = math.ceil(self.num_examples / self.batch_size)
         # Closed before its end: grain's workers leave shared memory behind where they come to one.
         with contextlib.closing(self._read(EvalExamples(**self._rows_from(0), crop=self._crop))) as stream:
             for batch, corrupt in itertools.islice(stream, batches):
                 for reason, _ in corrupt:
-                    _do_without(reason, "it counts nowhere", self._replace)
+                    do_without(reason, "it counts nowhere", self._replace)
                 yield batch
 
     def close(self) -> None:
@@ -181,62 +214,3 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
-
-
-def _fits_decoded(split: LazySplit, mesh: Mesh) -> bool:
-    """Whether the images are all of one size, and decoded a small part of a device's memory."""
-    shapes = _shapes(split)
-    _, first = next(shapes)
-    return fits(len(split) * math.prod(first), mesh) and all(shape == first for _, shape in shapes)
-
-
-def _decoded(split: LazySplit, replace: bool, training: bool) -> Split:
-    """All images in memory; with those that cannot be decoded is done as `TrainExamples` and `EvalExamples` do."""
-    first, shape = next(_shapes(split))
-    images, labels = np.zeros((len(split), *shape), np.uint8), split.labels.copy()
-
-    def fill(i: int) -> tuple[str, str]:
-        image: np.ndarray | None
-        if training:
-            image, taken, reason = read_or_next(split, i)
-            labels[i], consequence = split.labels[taken], f"{split.where(taken)} takes its place"
-        else:
-            image, reason = read_or_none(split, i)
-            if image is None:
-                labels[i] = -1
-                return reason, "it counts nowhere"
-            consequence = ""
-        if image.shape != shape:
-            raise ValueError(
-                f"data.resident=device needs images of one size: {split.where(first)} is {shape}, "
-                f"{split.where(i)} is {image.shape}. Pass --config.data.resident=host."
-            )
-        images[i] = image
-        return reason, consequence
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for reason, consequence in pool.map(fill, range(len(split))):
-            if reason:
-                _do_without(reason, consequence, replace)
-    return Split(images, labels)
-
-
-def _shapes(split: LazySplit) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """Positions and shapes of the images whose headers are whole; CorruptImageError where none is."""
-    found = False
-    for i in range(len(split)):
-        try:
-            shape = split.shape(i)
-        except CorruptImageError:  # which is told of when it is decoded
-            continue
-        found = True
-        yield i, shape
-    if not found:
-        raise CorruptImageError(f"no image of the split can be decoded, from {split.where(0)} on")
-
-
-def _do_without(reason: str, consequence: str, replace: bool) -> None:
-    """Warns of a corrupt image; raises CorruptImageError where it may not be replaced."""
-    if not replace:
-        raise CorruptImageError(f"{reason}. Mend it, or do without it: --config.data.corrupt=replace")
-    warnings.warn(f"{reason}; {consequence}", RuntimeWarning, stacklevel=3)

@@ -21,9 +21,12 @@ from typing import IO, Any
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
+from dpa_jax.data.images import STATISTICS, image_spec
 from dpa_jax.data.sources import tfds as prepared
-from dpa_jax.data.splits import AnySplit, Split
+from dpa_jax.data.sources.base import Source
+from dpa_jax.data.splits import ArraySplit, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,7 @@ class Archive:
       folder: the folder that the archive unpacks to.
       train: `{member: MD5 sum}` of the training files, in order.
       test: the same of the test files.
-      meta: the same of the file with the class names.
       labels: the pickles' key of the labels.
-      class_names: the meta file's key of the class names.
     """
 
     name: str
@@ -48,9 +49,7 @@ class Archive:
     folder: str
     train: Mapping[str, str]
     test: Mapping[str, str]
-    meta: Mapping[str, str]
     labels: bytes
-    class_names: bytes
 
     @property
     def filename(self) -> str:
@@ -60,7 +59,7 @@ class Archive:
     @property
     def members(self) -> dict[str, str]:
         """`{member: MD5 sum}` of every file that is read."""
-        return {**self.train, **self.test, **self.meta}
+        return {**self.train, **self.test}
 
 
 # Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the sums are those its page
@@ -78,9 +77,7 @@ CIFAR10 = Archive(
         "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     },
     test={"test_batch": "40351d587109b95175f43aff81a1287e"},
-    meta={"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
     labels=b"labels",
-    class_names=b"label_names",
 )
 CIFAR100 = Archive(
     name="cifar100",
@@ -89,14 +86,39 @@ CIFAR100 = Archive(
     folder="cifar-100-python",
     train={"train": "16019d7e3df5f24257cddd939b257f8d"},
     test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
-    meta={"meta": "7973b15100ade9c7d40fb424638fde48"},
     labels=b"fine_labels",
-    class_names=b"fine_label_names",
 )
+_CLASSES10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_CLASSES100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
 
 
-def load(archive: Archive, directory: str, download: bool) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
-    """Reads a CIFAR set from where it lies, extracting or downloading it first where that is needed.
+def open_cifar10(data: ConfigDict) -> Source:
+    """CIFAR-10; `dir` and `download` are those of `load`."""
+    return _source(CIFAR10, tuple(_CLASSES10.split()), data)
+
+
+def open_cifar100(data: ConfigDict) -> Source:
+    """CIFAR-100; `dir` and `download` are those of `load`."""
+    return _source(CIFAR100, tuple(_CLASSES100.split()), data)
+
+
+def _source(archive: Archive, class_names: tuple[str, ...], data: ConfigDict) -> Source:
+    mean, std = STATISTICS[archive.name]
+    spec = image_spec(archive.name, (32, 32, 3), class_names, 50_000, 10_000, mean=mean, std=std)
+    counts = [50_000 // len(class_names)] * len(class_names)
+    return Source(spec, lambda: load(archive, data.dir, data.download), lambda: counts)
+
+
+def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split]:
+    """Reads a CIFAR set, extracting or downloading it first where that is needed.
 
     Args:
       archive: which set.
@@ -106,7 +128,7 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[AnySplit, An
       download: fetch the archive into the directory (`./data` for an empty one) when it is nowhere.
 
     Returns:
-      The training and the test split, images uint8 [N, 32, 32, 3], and the class names.
+      The training and the test split, images uint8 [N, 32, 32, 3].
 
     Raises:
       FileNotFoundError: nothing found; says where it looked and how to get the data.
@@ -121,7 +143,7 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[AnySplit, An
     if packed := _find_file(archive, roots):
         return _read_folder(archive, extract(archive, packed))
     if folder := prepared.find(archive.name, roots):
-        return prepared.read(folder)
+        return prepared.Prepared(folder).read()
     if download:
         return _read_folder(archive, extract(archive, fetch(archive, roots[0])))
     looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
@@ -225,21 +247,14 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
-    def split(members: Mapping[str, str]) -> Split:
+def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[ArraySplit, ArraySplit]:
+    def split(members: Mapping[str, str]) -> ArraySplit:
         parts = [read_pickle(folder / member, md5) for member, md5 in members.items()]
         labels = np.concatenate([np.asarray(part[archive.labels], np.int32) for part in parts])
-        images = np.empty((sum(len(part[b"data"]) for part in parts), 32, 32, 3), np.uint8)
-        start = 0
-        for part in parts:
-            rows = part.pop(b"data")  # [n, 3072], channels first
-            images[start : start + len(rows)] = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            start += len(rows)
-        return Split(images, labels)
+        rows = np.concatenate([part[b"data"] for part in parts])  # [N, 3072], channels first
+        return ArraySplit(np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels)
 
-    ((meta, md5),) = archive.meta.items()
-    names = read_pickle(folder / meta, md5)[archive.class_names]
-    return split(archive.train), split(archive.test), tuple(name.decode() for name in names)
+    return split(archive.train), split(archive.test)
 
 
 def _find_folder(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:

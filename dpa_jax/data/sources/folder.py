@@ -7,15 +7,22 @@ import pathlib
 from typing import BinaryIO
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from dpa_jax.data.images import EncodedSplit, image_spec
 from dpa_jax.data.sources import cache
-from dpa_jax.data.splits import LazySplit
+from dpa_jax.data.sources.base import Source
 
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGENET = (
+    "ImageNet's images (ILSVRC2012) are to be had at https://www.image-net.org/download.php once you have agreed to "
+    "their terms. "
+)
+_GET = {"imagenet": _IMAGENET, "imagenet100": _IMAGENET + "ImageNet-100 is the folders of 100 of its classes. "}
 
 
-class FolderSplit(LazySplit):
+class FolderSplit(EncodedSplit):
     """The images of a folder with one folder a class.
 
     Args:
@@ -41,21 +48,25 @@ class FolderSplit(LazySplit):
         return open(self.where(i), "rb")
 
 
-def load(root: pathlib.Path) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
-    """Finds the images of a folder; which there are is remembered until a folder changes.
+def open_folder(data: ConfigDict) -> Source:
+    """A folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`.
+
+    Images are JPEG or PNG by their names' endings; names that begin with a dot are left out. The classes have the
+    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes.
 
     Args:
-      root: a folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`. Images are
-        JPEG or PNG by their names' endings; names that begin with a dot are left out.
-
-    Returns:
-      The training and the held-out images, and the classes, sorted by name, as the images of each are.
+      data: `dir` is the folder, `data/NAME` where it is empty.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: a class has no images, or is in one of the two only.
+      ValueError: a class has no images, or is in one of the two splits only.
     """
-    root = root.absolute()
+    root = pathlib.Path(data.dir or f"data/{data.name}").expanduser().absolute()
+    if not root.is_dir():
+        get = _GET.get(data.name, "")
+        raise FileNotFoundError(
+            f"{data.name}: there is no folder {root}. {get}Pass --config.data.dir=DIR; wanted is {LAYOUT}."
+        )
     train, test = (_find(root, *names) for names in (("train",), ("val", "test")))
     train_files, test_files = _files(train), _files(test)
     for folder, missing in ((test, train_files.keys() - test_files), (train, test_files.keys() - train_files)):
@@ -64,7 +75,10 @@ def load(root: pathlib.Path) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]
                 f"{folder} has no folder {min(missing)!r}, a class that the other split has ({len(missing)} such "
                 f"classes); wanted is {LAYOUT}"
             )
-    return FolderSplit(train, train_files), FolderSplit(test, test_files), tuple(train_files)
+    counts = [len(names) for names in train_files.values()]
+    splits = FolderSplit(train, train_files), FolderSplit(test, test_files)
+    spec = image_spec(data.name, (None, None, 3), tuple(train_files), *map(len, splits), encoded=True)
+    return Source(spec, lambda: splits, lambda: counts)
 
 
 def _find(root: pathlib.Path, *names: str) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -12,15 +13,18 @@ from collections.abc import Iterable
 from typing import Any, BinaryIO
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from dpa_jax.data.images import STATISTICS, EncodedSplit, decode, image_spec
 from dpa_jax.data.sources import cache
-from dpa_jax.data.splits import AnySplit, LazySplit, Split, decode
+from dpa_jax.data.sources.base import Source
+from dpa_jax.data.splits import ArraySplit, Split
 
 _FORMAT = "array_record"
 _IN_MEMORY = 2 * 2**30  # bytes of all images of a set that are decoded at the start
 
 
-class PreparedSplit(LazySplit):
+class PreparedSplit(EncodedSplit):
     """One split of a prepared set.
 
     Args:
@@ -32,18 +36,28 @@ class PreparedSplit(LazySplit):
         """See the class."""
         import tensorflow_datasets as tfds
 
-        folder = folder.absolute()
         builder = tfds.builder_from_directory(folder)
-        self._place = f"split {name!r} of {folder}"
+        self._folder, self._place = folder, f"split {name!r} of {folder}"
         self._records = builder.as_data_source(split=name, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         self._features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in ("image", "label")})
-        # They are read from beside the images, which takes minutes where those are many.
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self._records)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:  # type: ignore[override]
+        """Int32 [N]. They are stored beside the images: reading them takes minutes, and is done once for ever."""
         labels = cache.remembered(
             f"labels of {self._place}",
-            lambda: [int(self._example(i)["label"]) for i in range(len(self._records))],
-            lambda _: [folder, folder / "dataset_info.json"],
+            lambda: [self.label(i) for i in range(len(self))],
+            lambda _: [self._folder, self._folder / "dataset_info.json"],
         )
-        super().__init__(np.array(labels, np.int32))
+        return np.array(labels, np.int32)
+
+    def label(self, i: int) -> int:
+        """The label of image i; -1 in splits without labels."""
+        return int(self._example(i)["label"])
 
     def where(self, i: int) -> str:
         """The number of image i in its split."""
@@ -53,18 +67,97 @@ class PreparedSplit(LazySplit):
         """The encoded image i."""
         return io.BytesIO(self._example(i)["image"])
 
-    def decode(self, height: int, width: int, channels: int) -> Split:
-        """All images, which are all of this shape, in memory; of more than one channel they become RGB."""
-        channels = 1 if channels == 1 else 3
-        images = np.empty((len(self), height, width, channels), np.uint8)
+    def decoded(self, shape: tuple[int, int, int]) -> ArraySplit:
+        """All images, each of this shape, in memory."""
+        images = np.empty((len(self), *shape), np.uint8)
         for i in range(len(self)):
-            images[i] = decode(self.open(i), channels, self.where(i))
-        return Split(images, self.labels)
+            images[i] = decode(self.open(i), shape[-1], self.where(i))
+        return ArraySplit(images, self.labels)
 
     def _example(self, i: int) -> dict[str, Any]:
         import tensorflow_datasets as tfds
 
         return self._features.deserialize_example_np(self._records[i], decoders={"image": tfds.decode.SkipDecoding()})
+
+
+class Prepared:
+    """A prepared set of images with a class each; its images wait in memory where they take at most 2 GiB.
+
+    Args:
+      folder: of its version, as `find` gives it.
+
+    Attributes:
+      shape: of its images; a side that differs is None. Of more than one channel they become RGB.
+      class_names: in the order of the labels.
+      train: the training split.
+      test: the held-out split: `test`, or `validation` where that has no labels.
+      encoded: whether the images stay encoded until they are read.
+
+    Raises:
+      ValueError: it is no set of images with a class each, or lacks one of the two splits.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """See the class."""
+        import tensorflow_datasets as tfds
+
+        folder = folder.absolute()
+        info = tfds.builder_from_directory(folder).info
+        features = dict(info.features.items())
+        image, label = features.get("image"), features.get("label")
+        if (
+            not isinstance(image, tfds.features.Image)
+            or not isinstance(label, tfds.features.ClassLabel)
+            or image.np_dtype != np.uint8
+        ):
+            raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
+        held_out = (PreparedSplit(folder, name) for name in ("test", "validation") if name in info.splits)
+        test = next((split for split in held_out if split.label(0) >= 0), None)
+        if "train" not in info.splits or test is None:
+            raise ValueError(
+                f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
+            )
+        self.train, self.test, self.class_names = PreparedSplit(folder, "train"), test, tuple(label.names)
+        self.shape = (*image.shape[:2], 1 if image.shape[2] == 1 else 3)
+        examples = len(self.train) + len(test)
+        self.encoded = None in image.shape or examples * math.prod(image.shape) > _IN_MEMORY
+        if self.encoded:
+            self.shape = (*image.shape[:2], 3)
+
+    def read(self) -> tuple[Split, Split]:
+        """The two splits; CorruptImageError where the images are decoded now and one cannot be."""
+        if self.encoded:
+            return self.train, self.test
+        return self.train.decoded(self.shape), self.test.decoded(self.shape)
+
+
+def open_tfds(data: ConfigDict) -> Source:
+    """The set that TFDS calls NAME, for `data.name` "tfds:NAME".
+
+    Args:
+      data: `dir` is where it lies, as `find` takes it; empty: `~/tensorflow_datasets`. With `download` TFDS prepares
+        it there where it is missing, which takes TensorFlow.
+
+    Raises:
+      FileNotFoundError: it is not there; the message says how to prepare it.
+      ValueError: as `find` and `Prepared` do.
+    """
+    name = data.name.partition(":")[2]
+    prepared = Prepared(_prepare(name, data.dir, data.download))
+    mean, std = STATISTICS.get(name, STATISTICS["imagenet"])
+    if prepared.shape[-1] == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    spec = image_spec(
+        data.name,
+        prepared.shape,
+        prepared.class_names,
+        len(prepared.train),
+        len(prepared.test),
+        mean=mean,
+        std=std,
+        encoded=prepared.encoded,
+    )
+    return Source(spec, prepared.read, lambda: np.bincount(prepared.train.labels, minlength=spec.num_classes))
 
 
 def find(name: str, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
@@ -84,54 +177,8 @@ def find(name: str, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
     return readable[0][0] if readable else None
 
 
-def read(folder: pathlib.Path) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
-    """Opens a prepared set: in memory where its images are of one known shape and take at most 2 GiB.
-
-    Args:
-      folder: of its version, as `find` gives it.
-
-    Returns:
-      The training split; the held-out one, `test`, or `validation` where that has no labels; the classes' names.
-
-    Raises:
-      ValueError: it is no set of images with a class each, or lacks one of the two splits.
-      CorruptImageError: an image that is decoded at once cannot be.
-    """
-    import tensorflow_datasets as tfds
-
-    info = tfds.builder_from_directory(folder).info
-    features = dict(info.features.items())
-    image, label = features.get("image"), features.get("label")
-    if (
-        not isinstance(image, tfds.features.Image)
-        or not isinstance(label, tfds.features.ClassLabel)
-        or image.np_dtype != np.uint8
-    ):
-        raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
-    held_out = (PreparedSplit(folder, name) for name in ("test", "validation") if name in info.splits)
-    test = next((split for split in held_out if split.labels.min() >= 0), None)
-    if "train" not in info.splits or test is None:
-        raise ValueError(
-            f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
-        )
-    train, names = PreparedSplit(folder, "train"), tuple(label.names)
-    if None not in image.shape and (len(train) + len(test)) * math.prod(image.shape) <= _IN_MEMORY:
-        return train.decode(*image.shape), test.decode(*image.shape), names
-    return train, test, names
-
-
-def load(name: str, directory: str, download: bool) -> tuple[AnySplit, AnySplit, tuple[str, ...]]:
-    """Finds a prepared set and opens it with `read`.
-
-    Args:
-      name: as `find` takes it.
-      directory: where it is, as `find` takes it; empty: `~/tensorflow_datasets`.
-      download: have TFDS prepare it there where it is missing, which takes TensorFlow.
-
-    Raises:
-      FileNotFoundError: it is not there; the message says how to prepare it.
-      ValueError: as `find` and `read` do.
-    """
+def _prepare(name: str, directory: str, download: bool) -> pathlib.Path:
+    """The folder of a prepared set, which is prepared first where that is asked for."""
     root = pathlib.Path(directory or "~/tensorflow_datasets").expanduser()
     folder = find(name, [root])
     if folder is None and download and importlib.util.find_spec("tensorflow"):
@@ -148,7 +195,7 @@ def load(name: str, directory: str, download: bool) -> tuple[AnySplit, AnySplit,
             f"  python -c \"import tensorflow_datasets as tfds; tfds.builder({name!r}, data_dir='DIR', "
             f"file_format='{_FORMAT}').download_and_prepare()\"\nand pass --config.data.dir=DIR."
         )
-    return read(folder)
+    return folder
 
 
 def _candidates(name: str, roots: Iterable[pathlib.Path]) -> list[tuple[pathlib.Path, dict[str, Any]]]:

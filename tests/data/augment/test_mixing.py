@@ -24,7 +24,7 @@ def test_mixup_weighs_the_images_and_names_the_greater_part():
     mixed = mixes(mixup=0.8)
     share = own_share(mixed)
     expected = share[:, None, None, None, None] * IMAGES + (1 - share)[:, None, None, None, None] * IMAGES[::-1]
-    np.testing.assert_allclose(mixed.images, expected, atol=1e-5)
+    np.testing.assert_allclose(mixed.inputs, expected, atol=1e-5)
     assert (mixed.weight >= 0.5).all() and np.array_equal(mixed.others, 5 - mixed.labels)
     # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 (2 * 0.8 + 1)).
     assert abs(share.mean() - 0.5) < 0.05 and abs(share.var() - 1 / (4 * 2.6)) < 0.015
@@ -33,7 +33,7 @@ def test_mixup_weighs_the_images_and_names_the_greater_part():
 def test_cutmix_puts_a_box_in_and_weighs_by_what_is_left():
     mixed = mixes(cutmix=1.0)
     share = own_share(mixed)
-    own, other = ((mixed.images == images).all(-1) for images in (IMAGES, IMAGES[::-1]))
+    own, other = ((mixed.inputs == images).all(-1) for images in (IMAGES, IMAGES[::-1]))
     assert (own ^ other).all() and (own == own[:, :1]).all()  # the same box in every image
     np.testing.assert_allclose(own[:, 0].mean(axis=(1, 2)), share, atol=1e-6)
     for mask in other[:, 0]:
@@ -50,10 +50,10 @@ def test_cutmix_puts_a_box_in_and_weighs_by_what_is_left():
 
 def test_with_both_a_batch_gets_either():
     mixed = mixes(mixup=0.8, cutmix=1.0)
-    cut = ((mixed.images == IMAGES) | (mixed.images == IMAGES[::-1])).all(axis=(1, 2, 3, 4))
+    cut = ((mixed.inputs == IMAGES) | (mixed.inputs == IMAGES[::-1])).all(axis=(1, 2, 3, 4))
     assert 0.4 < cut.mean() < 0.6
     rarely = mixes(mixup=0.8, cutmix=1.0, switch=0.1)
-    cut = ((rarely.images == IMAGES) | (rarely.images == IMAGES[::-1])).all(axis=(1, 2, 3, 4))
+    cut = ((rarely.inputs == IMAGES) | (rarely.inputs == IMAGES[::-1])).all(axis=(1, 2, 3, 4))
     assert 0.04 < cut.mean() < 0.17
 
 

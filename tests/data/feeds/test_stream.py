@@ -16,14 +16,15 @@ from PIL import Image
 
 from dpa_jax.config import default_config
 from dpa_jax.data import augment
-from dpa_jax.data.feeds import memory as pipeline
+from dpa_jax.data.feeds import base, make_feed
 from dpa_jax.data.feeds.examples import uniform
 from dpa_jax.data.feeds.host_crop import DRAWS, EvalCrop, TrainCrop
-from dpa_jax.data.feeds.memory import Feed
+from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.feeds.sampler import Sampler
-from dpa_jax.data.feeds.stream import StreamFeed, make_feed
-from dpa_jax.data.sources import folder
-from dpa_jax.data.splits import CorruptImageError, Split
+from dpa_jax.data.feeds.stream import StreamFeed
+from dpa_jax.data.images import CorruptImageError
+from dpa_jax.data.sources import open_source
+from dpa_jax.data.splits import ArraySplit
 
 EXAMPLES = 21  # 12 and 9 of two classes; 8 and 6 to evaluate
 
@@ -66,14 +67,20 @@ def make_mesh(devices=8):
     return Mesh(np.array(jax.devices()[:devices]), ("data",))
 
 
+def source_of(root):
+    data = default_config().data
+    data.update(name="folder", dir=str(root))
+    return open_source(data)
+
+
 def train_feed(root, devices=8, batch_size=8, seed=0, **changes):
     config = make_config(**changes)
     config.seed = seed
-    return make_feed(folder.load(root)[0], make_mesh(devices), batch_size, config, training=True)
+    return make_feed(source_of(root), make_mesh(devices), batch_size, config, training=True)
 
 
 def eval_feed(root, devices=8, batch_size=8, **changes):
-    return make_feed(folder.load(root)[1], make_mesh(devices), batch_size, make_config(**changes), training=False)
+    return make_feed(source_of(root), make_mesh(devices), batch_size, make_config(**changes), training=False)
 
 
 def as_numpy(batch):
@@ -108,7 +115,7 @@ def test_a_batch_does_not_depend_on_devices_order_or_where_it_was_begun(tree):
 def test_every_image_comes_once_an_epoch_with_its_label_and_another_cut(tree):
     feed = train_feed(tree, batch_size=8)
     seen = collections.defaultdict(list)
-    split = folder.load(tree)[0]
+    split = source_of(tree).load()[0]
     for step in range(feed.sampler.steps(2)):
         images, labels, index, epoch = as_numpy(feed.train(step))
         wanted = Sampler(EXAMPLES, 8, 0).indices(step)
@@ -224,7 +231,7 @@ def test_an_evaluation_cut_is_the_middle_of_the_resized_image():
 
 @pytest.mark.parametrize("batch_size", [8, 16])
 def test_evaluation_sees_the_whole_split_in_order_and_pads_the_end(tree, batch_size):
-    feed, split, crop = eval_feed(tree, batch_size=batch_size), folder.load(tree)[1], EvalCrop(8, 10)
+    feed, split, crop = eval_feed(tree, batch_size=batch_size), source_of(tree).load()[1], EvalCrop(8, 10)
     for _ in range(2):
         with jax.transfer_guard("disallow"):
             batches = list(feed.evaluation())
@@ -286,10 +293,12 @@ def test_a_split_of_corrupt_images_alone_is_refused(tree):
 def test_images_of_one_size_that_fit_are_decoded_once(tmp_path, resident):
     root = make_tree(tmp_path, sizes=[(9, 12)])
     feed = train_feed(root, resident=resident, crop="pad")
-    split = folder.load(root)[0]
-    assert isinstance(feed, Feed) and feed.resident == "device" and isinstance(feed.split, Split)
-    assert np.array_equal(feed.split.images, np.stack([split.read(i) for i in range(EXAMPLES)]))
-    assert np.array_equal(feed.split.labels, split.labels)
+    split = source_of(root).load()[0]
+    assert isinstance(feed, MemoryFeed) and feed.resident == "device" and feed.inputs.shape == (9, 12, 3)
+    decoded = feed.split
+    assert isinstance(decoded, ArraySplit)
+    assert np.array_equal(decoded.inputs, np.stack([split.read(i) for i in range(EXAMPLES)]))
+    assert np.array_equal(decoded.labels, split.labels)
     config = make_config()
     assert feed.left_to_do(config.augment) == config.augment
 
@@ -297,29 +306,29 @@ def test_images_of_one_size_that_fit_are_decoded_once(tmp_path, resident):
 def test_other_images_are_streamed(tree, tmp_path, monkeypatch):
     config = make_config()
     feed = train_feed(tree, resident="auto")
-    assert isinstance(feed, StreamFeed) and feed.image_shape == (8, 8, 3)
+    assert isinstance(feed, StreamFeed) and feed.inputs.shape == (8, 8, 3)
     left = feed.left_to_do(config.augment)
     assert (left.crop, left.eval_resize) == ("none", 0) and config.augment.crop == "resized"
     assert left.flip == config.augment.flip and left.image_size == 8
     one_size = make_tree(tmp_path / "same", sizes=[(9, 12)])
-    monkeypatch.setattr(pipeline, "_CPU_BYTES", 2 * EXAMPLES * 9 * 12 * 3)
-    assert isinstance(train_feed(one_size, devices=2, resident="auto"), Feed)
+    monkeypatch.setattr(base, "_CPU_BYTES", 2 * EXAMPLES * 9 * 12 * 3)
+    assert isinstance(train_feed(one_size, devices=2, resident="auto"), MemoryFeed)
     assert isinstance(train_feed(one_size, devices=4, batch_size=4, resident="auto"), StreamFeed)
 
 
 def test_images_of_several_sizes_cannot_be_resident(tree):
     with pytest.raises(ValueError, match=r"ant/00\.png is \(19, 14, 3\), .*ant/\d\d\.png is .*resident=host"):
-        train_feed(tree, resident="device")
+        train_feed(tree, resident="device").load()
 
 
 def test_a_resident_corrupt_image_is_refused_or_replaced(tmp_path):
     root = make_tree(tmp_path, sizes=[(9, 12)])
     damage(root, "train/ant/11.png")
     with pytest.raises(CorruptImageError, match=r"ant/11\.png cannot be decoded"):
-        train_feed(root, resident="device")
+        train_feed(root, resident="device").load()
     with pytest.warns(RuntimeWarning, match=r"ant/11\.png cannot be decoded: .*bee/00\.png takes its place"):
         split = train_feed(root, resident="auto", corrupt="replace").split
-    assert np.array_equal(split.images[11], split.images[12]) and split.labels[11] == 1
+    assert np.array_equal(split.inputs[11], split.inputs[12]) and split.labels[11] == 1
 
 
 @pytest.mark.parametrize(
@@ -360,18 +369,19 @@ from jax.sharding import Mesh
 index, address, root = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, 2, index)
-from dpa_jax.data.sources import folder
-from dpa_jax.data.feeds.stream import make_feed
+from dpa_jax.data.sources import open_source
+from dpa_jax.data.feeds import make_feed
 from dpa_jax.config import default_config
 
 config = default_config()
 config.augment.update(image_size=8, crop="resized", eval_resize=10)
 config.data.resident = "host"
-train, test, _ = folder.load(root)
+config.data.update(name="folder", dir=str(root))
+source = open_source(config.data)
 mesh = Mesh(np.array(jax.devices()), ("data",))
-feed = make_feed(train, mesh, 8, config, training=True)
+feed = make_feed(source, mesh, 8, config, training=True)
 batches = [feed.train(step) for step in range(4)]
-batches += make_feed(test, mesh, 8, config, training=False).evaluation()
+batches += make_feed(source, mesh, 8, config, training=False).evaluation()
 for batch in batches:
     for leaf in jax.tree.leaves(batch):
         for shard in leaf.addressable_shards:

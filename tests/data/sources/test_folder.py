@@ -8,17 +8,23 @@ import pytest
 from PIL import Image
 
 from dpa_jax.config import default_config
-from dpa_jax.data import sources, splits
-from dpa_jax.data.sources import cache, folder
+from dpa_jax.data import images
+from dpa_jax.data.sources import cache, open_source
 
 RANDOM = np.random.default_rng(0)
 TREE = {"bee": ["1.png", "2.JPEG"], "ant": ["b.jpg", "a.png", "c.jpeg"], "\u00fc wasp": ["x.PNG"]}
 
 
-def config(**changes):
+def opened(directory, **changes):
     data = default_config().data
-    data.update(changes)
-    return data
+    data.update({"name": "folder", "dir": str(directory), **changes})
+    return open_source(data)
+
+
+def loaded(directory):
+    """The two splits and the names of the classes."""
+    source = opened(directory)
+    return *source.load(), source.spec.class_names
 
 
 def make_tree(root, tree=TREE, splits=("train", "val")):
@@ -48,7 +54,7 @@ def test_classes_and_images_come_in_order_of_their_names(tmp_path):
     for ignored in ("notes.txt", ".hidden.png", "._b.jpg"):
         (tmp_path / "set/train/ant" / ignored).write_text("not an image")
     (tmp_path / "set/train/.cache").mkdir()
-    train, test, names = folder.load(tmp_path / "set")
+    train, test, names = loaded(tmp_path / "set")
     assert names == ("ant", "bee", "\u00fc wasp")
     assert train.labels.tolist() == test.labels.tolist() == [0, 0, 0, 1, 1, 2] and train.labels.dtype == np.int32
     root = tmp_path / "set/train"
@@ -65,46 +71,48 @@ def test_classes_and_images_come_in_order_of_their_names(tmp_path):
 
 def test_the_held_out_split_may_be_called_test(tmp_path):
     make_tree(tmp_path, splits=("train", "test"))
-    assert "/test/ant/" in folder.load(tmp_path)[1].where(0)
+    assert "/test/ant/" in loaded(tmp_path)[1].where(0)
     make_tree(tmp_path, splits=("val",))
-    assert "/val/ant/" in folder.load(tmp_path)[1].where(0)
+    assert "/val/ant/" in loaded(tmp_path)[1].where(0)
 
 
 def test_another_layout_is_told_from_the_one_wanted(tmp_path):
     wanted = r"wanted is DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE"
     with pytest.raises(FileNotFoundError, match=rf"no folder \S*/train; {wanted}"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
     make_tree(tmp_path, splits=("train",))
     with pytest.raises(FileNotFoundError, match=rf"no folder \S*/val or \S*/test; {wanted}"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match=rf"no images in \S*/val; {wanted}"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
     make_tree(tmp_path, {"ant": ["a.png"]}, splits=("val",))
     with pytest.raises(ValueError, match=rf"/val has no folder 'bee', .* \(2 such classes\); {wanted}"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
     make_tree(tmp_path, {"bee": ["a.png"], "\u00fc wasp": ["a.png"], "cow": ["a.png"]}, splits=("val",))
     with pytest.raises(ValueError, match=r"/train has no folder 'cow'"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
     (tmp_path / "train/cow").mkdir()
     with pytest.raises(ValueError, match=rf"no images in \S*/train/cow; {wanted}"):
-        folder.load(tmp_path)
+        loaded(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "imagenet100", "folder"])
 def test_folders_are_sources(tmp_path, monkeypatch, name):
     make_tree(tmp_path / "set")
-    dataset = sources.load(config(name=name, dir=str(tmp_path / "set")))
-    assert dataset.mean == (0.485, 0.456, 0.406) and dataset.class_names[0] == "ant" and dataset.num_classes == 3
-    tail = sources.load(config(name=name, dir=str(tmp_path / "set"), imbalance=2)).train
-    assert tail.labels.tolist() == [0, 0, 1, 2]
+    spec = opened(tmp_path / "set", name=name).spec
+    assert spec.mean == (0.485, 0.456, 0.406) and spec.class_names == ("ant", "bee", "\u00fc wasp")
+    assert (spec.name, spec.train_examples, spec.test_examples, spec.inputs.shape) == (name, 6, 6, (None, None, 3))
+    source = opened(tmp_path / "set", name=name, imbalance=2)
+    tail = source.load()[0]
+    assert tail.labels.tolist() == [0, 0, 1, 2] and source.spec.train_examples == 4
     for i, label in enumerate(tail.labels):
-        assert f"/{dataset.class_names[label]}/" in tail.where(i) and tail.read(i).shape == (5, 7, 3)
+        assert f"/{spec.class_names[label]}/" in tail.where(i) and tail.read(i).shape == (5, 7, 3)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=rf"data/{name}\. .*--config\.data\.dir=DIR; wanted is DIR/train"
     ) as error:
-        sources.load(config(name=name))
+        opened("", name=name)
     assert ("https://www.image-net.org" in str(error.value)) == (name != "folder")
 
 
@@ -121,11 +129,11 @@ def count_looks(monkeypatch):
 def test_the_second_start_looks_into_no_folder(tmp_path, monkeypatch, cache_folder):
     root = make_tree(tmp_path / "set")
     make_old(root)
-    first = folder.load(root)
+    first = loaded(root)
     assert len(list(cache_folder.iterdir())) == 2  # a file a split, nothing left over
     looks = count_looks(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    second = folder.load(root.relative_to(tmp_path))
+    second = loaded(root.relative_to(tmp_path))
     assert looks == [] and second[2] == first[2]
     assert [second[0].where(i) for i in range(6)] == [first[0].where(i) for i in range(6)]
 
@@ -134,17 +142,17 @@ def test_the_second_start_looks_into_no_folder(tmp_path, monkeypatch, cache_fold
 def test_a_folder_that_has_changed_is_looked_into_again(tmp_path, change):
     root = make_tree(tmp_path / "set")
     make_old(root)
-    folder.load(root)
+    loaded(root)
     if change == "image":
         os.rename(root / "train/ant/a.png", root / "train/ant/z.png")
-        assert [os.path.basename(folder.load(root)[0].where(i)) for i in range(3)] == ["b.jpg", "c.jpeg", "z.png"]
+        assert [os.path.basename(loaded(root)[0].where(i)) for i in range(3)] == ["b.jpg", "c.jpeg", "z.png"]
     else:
         make_tree(root, {"cow": ["a.png"]})
-        assert folder.load(root)[2] == ("ant", "bee", "cow", "\u00fc wasp")
+        assert loaded(root)[2] == ("ant", "bee", "cow", "\u00fc wasp")
 
 
 def test_of_a_folder_that_is_changing_nothing_is_kept(tmp_path, cache_folder):
-    folder.load(make_tree(tmp_path / "set"))
+    loaded(make_tree(tmp_path / "set"))
     assert not cache_folder.exists()
 
 
@@ -152,13 +160,13 @@ def test_of_a_folder_that_is_changing_nothing_is_kept(tmp_path, cache_folder):
 def test_a_damaged_index_is_made_again(tmp_path, monkeypatch, cache_folder, damage):
     root = make_tree(tmp_path / "set")
     make_old(root)
-    names = folder.load(root)[2]
+    names = loaded(root)[2]
     for file in cache_folder.iterdir():
         stored = json.loads(file.read_text())
         file.write_text(damage or json.dumps({**stored, "result": 7}))
-    assert folder.load(root)[2] == names
+    assert loaded(root)[2] == names
     looks = count_looks(monkeypatch)
-    assert folder.load(root)[2] == names and looks == []
+    assert loaded(root)[2] == names and looks == []
 
 
 def test_an_index_that_cannot_be_kept_costs_nothing_but_time(tmp_path, monkeypatch):
@@ -166,14 +174,14 @@ def test_an_index_that_cannot_be_kept_costs_nothing_but_time(tmp_path, monkeypat
     make_old(root)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(folder.load(root)[0]) == 6
+    assert len(loaded(root)[0]) == 6
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     monkeypatch.setattr(cache.os, "replace", full)
-    assert len(folder.load(root)[0]) == 6
+    assert len(loaded(root)[0]) == 6
     assert list((tmp_path / "other/dpa_jax").iterdir()) == []
 
 
@@ -206,14 +214,14 @@ COLOUR = Image.merge("RGB", (GREY, GREY.rotate(180), Image.new("L", GREY.size, 7
     ids=["RGB", "L", "LA", "RGBA", "P", "P and alpha", "1", "16 bits"],
 )
 def test_every_kind_of_png_is_decoded(content, expected, channels):
-    decoded = splits.decode(io.BytesIO(content), channels, "x")
+    decoded = images.decode(io.BytesIO(content), channels, "x")
     assert decoded.dtype == np.uint8 and decoded.shape == (10, 12, channels)
     assert np.array_equal(decoded.squeeze(), np.asarray(expected.convert({1: "L", 3: "RGB"}[channels])))
 
 
 @pytest.mark.parametrize("image", [COLOUR, GREY, COLOUR.convert("CMYK")], ids=["RGB", "L", "CMYK"])
 def test_every_kind_of_jpeg_is_decoded(image):
-    decoded = splits.decode(io.BytesIO(encoded(image, "JPEG", quality=100, subsampling=0)), 3, "x")
+    decoded = images.decode(io.BytesIO(encoded(image, "JPEG", quality=100, subsampling=0)), 3, "x")
     assert np.abs(decoded.astype(int) - np.asarray(image.convert("RGB")).astype(int)).max() <= 6
 
 
@@ -231,10 +239,10 @@ def test_every_kind_of_jpeg_is_decoded(image):
 )
 def test_a_corrupt_image_is_named(tmp_path, content, reason):
     make_tree(tmp_path, {"ant": ["a.png", "b.png"]})
-    split = folder.load(tmp_path)[0]
+    split = loaded(tmp_path)[0]
     (tmp_path / "train/ant/b.png").write_bytes(content)
-    with pytest.raises(splits.CorruptImageError, match=rf"train/ant/b\.png cannot be decoded: .*{reason}") as error:
+    with pytest.raises(images.CorruptImageError, match=rf"train/ant/b\.png cannot be decoded: .*{reason}") as error:
         split.read(1)
     copied = pickle.loads(pickle.dumps(error.value))
-    assert type(copied) is splits.CorruptImageError and str(copied) == str(error.value)
+    assert type(copied) is images.CorruptImageError and str(copied) == str(error.value)
     assert split.read(0).shape == (5, 7, 3)

@@ -2,8 +2,11 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dpa_jax.data import sources
-from dpa_jax.data.splits import Dataset, Split
+from dpa_jax.data.batch import ArraySpec, Spec
+from dpa_jax.data.images import image_spec
+from dpa_jax.data.sources import SOURCES, Source, open_source, register
+from dpa_jax.data.sources.long_tail import long_tail
+from dpa_jax.data.splits import ArraySplit
 
 
 def config(**changes):
@@ -23,20 +26,21 @@ def config(**changes):
     return ml_collections.ConfigDict({**values, **changes})
 
 
-def nearest_mean_accuracy(dataset: Dataset) -> float:
+def nearest_mean_accuracy(source: Source) -> float:
     """How many test images are nearest to their own class's mean training image."""
-    train = dataset.train.images.reshape(len(dataset.train), -1).astype(float)
-    test = dataset.test.images.reshape(len(dataset.test), -1).astype(float)
-    means = np.stack([train[dataset.train.labels == k].mean(0) for k in range(dataset.num_classes)])
+    splits = source.load()
+    train, test = (split.inputs.reshape(len(split), -1).astype(float) for split in splits)
+    means = np.stack([train[splits[0].labels == k].mean(0) for k in range(source.spec.num_classes)])
     nearest = ((test[:, None] - means[None]) ** 2).sum(-1).argmin(1)
-    return (nearest == dataset.test.labels).mean()
+    return (nearest == splits[1].labels).mean()
 
 
 def test_digits():
-    digits = sources.load(config(name="digits"))
-    assert digits.train.images.shape == (1437, 8, 8, 1) and digits.test.images.shape == (360, 8, 8, 1)
-    assert digits.train.images.max() == 255 and digits.num_classes == 10
-    share = np.bincount(digits.test.labels) / np.bincount(digits.train.labels)
+    source = open_source(config(name="digits"))
+    spec, (train, test) = source.spec, source.load()
+    assert train.inputs.shape == (1437, 8, 8, 1) and test.inputs.shape == (360, 8, 8, 1)
+    assert train.inputs.max() == 255 and spec.num_classes == 10
+    share = np.bincount(test.labels) / np.bincount(train.labels)
     assert np.allclose(share, 0.25, atol=0.01)  # stratified
     # Real digits: every image of scikit-learn's is in exactly one of the two, with its own label.
     from sklearn.datasets import load_digits
@@ -44,91 +48,128 @@ def test_digits():
     def counted(images, labels):
         return sorted((*image.ravel(), label) for image, label in zip(images, labels, strict=True))
 
-    both = np.concatenate([digits.train.images, digits.test.images])
-    labels = np.concatenate([digits.train.labels, digits.test.labels])
+    both = np.concatenate([train.inputs, test.inputs])
+    labels = np.concatenate([train.labels, test.labels])
     original = load_digits()
     assert counted(np.rint(both * (16 / 255)), labels) == counted(original.images, original.target)
-    scaled = digits.train.images / 255
-    assert abs(scaled.mean() - digits.mean[0]) < 2e-3 and abs(scaled.std() - digits.std[0]) < 2e-3
-    assert nearest_mean_accuracy(digits) > 0.8
+    scaled = train.inputs / 255
+    assert abs(scaled.mean() - spec.mean[0]) < 2e-3 and abs(scaled.std() - spec.std[0]) < 2e-3
+    assert nearest_mean_accuracy(source) > 0.8
 
 
 @pytest.mark.parametrize("name", ["synthetic", "fake_data"])
 def test_synthetic_is_learnable_balanced_and_always_the_same(name):
-    one, other = sources.load(config(name=name)), sources.load(config(name=name))
-    assert one.train.images.shape == (400, 6, 6, 2) and one.test.images.shape == (101, 6, 6, 2)
-    assert np.bincount(one.train.labels).tolist() == [80] * 5 and len(np.bincount(one.test.labels)) == 5
-    for split in ("train", "test"):
-        assert np.array_equal(getattr(one, split).images, getattr(other, split).images)
-        assert np.array_equal(getattr(one, split).labels, getattr(other, split).labels)
-    assert nearest_mean_accuracy(one) > 0.95
+    one, other = (open_source(config(name=name)).load() for _ in range(2))
+    assert one[0].inputs.shape == (400, 6, 6, 2) and one[1].inputs.shape == (101, 6, 6, 2)
+    assert np.bincount(one[0].labels).tolist() == [80] * 5 and len(np.bincount(one[1].labels)) == 5
+    for a, b in zip(one, other, strict=True):
+        assert np.array_equal(a.inputs, b.inputs) and np.array_equal(a.labels, b.labels)
+    assert nearest_mean_accuracy(open_source(config(name=name))) > 0.95
 
 
 def test_synthetic_of_other_shapes():
-    dataset = sources.load(config(image_size=3, channels=1, num_classes=7, train_examples=9, test_examples=1))
-    assert dataset.train.images.shape == (9, 3, 3, 1) and len(dataset.test) == 1
-    assert len(dataset.class_names) == dataset.num_classes == 7 and len(dataset.mean) == 1
-    large = sources.load(config(image_size=32, channels=3, train_examples=200))
-    scaled = large.train.images / 255
-    assert abs(scaled.mean() - large.mean[0]) < 0.05 and abs(scaled.std() - large.std[0]) < 0.03
-
-
-@pytest.mark.parametrize("key", ["image_size", "channels", "num_classes", "train_examples", "test_examples"])
-def test_synthetic_refuses_empty_sizes(key):
-    with pytest.raises(ValueError, match=rf"data\.{key} must be at least 1, not 0"):
-        sources.load(config(**{key: 0}))
+    source = open_source(config(image_size=3, channels=1, num_classes=7, train_examples=9, test_examples=1))
+    train, test = source.load()
+    assert train.inputs.shape == (9, 3, 3, 1) and len(test) == 1
+    assert len(source.spec.class_names) == source.spec.num_classes == 7 and len(source.spec.mean) == 1
+    large = open_source(config(image_size=32, channels=3, train_examples=200))
+    scaled = large.load()[0].inputs / 255
+    assert abs(scaled.mean() - large.spec.mean[0]) < 0.05 and abs(scaled.std() - large.spec.std[0]) < 0.03
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"got 'cifar1000'\. Did you mean 'cifar100'") as error:
-        sources.load(config(name="cifar1000"))
-    for name in ("digits", "cifar10", "cifar100", "synthetic"):
+        open_source(config(name="cifar1000"))
+    for name in ("digits", "cifar10", "cifar100", "synthetic", "tfds:NAME"):
         assert name in str(error.value)
+    with pytest.raises(ValueError, match=r"data\.name must be one of .*; got 'tfd:mnist'"):
+        open_source(config(name="tfd:mnist"))
 
 
-def test_cifar_goes_by_its_name(tmp_path):
-    for name in ("cifar10", "cifar100"):
+def test_cifar_is_described_without_its_files(tmp_path):
+    for name, classes in (("cifar10", 10), ("cifar100", 100)):
+        source = open_source(config(name=name, dir=str(tmp_path)))
+        spec = source.spec
+        assert spec.inputs == ArraySpec((32, 32, 3), np.dtype(np.uint8)) and spec.num_classes == classes
+        assert (spec.train_examples, spec.test_examples) == (50_000, 10_000) and len(set(spec.class_names)) == classes
         with pytest.raises(FileNotFoundError, match=f"^{name} was not found"):
-            sources.load(config(name=name, dir=str(tmp_path)))
+            source.load()
 
 
-def split(labels=(0, 1, 2), shape=(2, 2, 1)):
-    return Split(np.zeros((len(labels), *shape), np.uint8), np.array(labels, np.int32))
+# ---------------- Sources of one's own ----------------
 
 
-def dataset(train, test, **changes):
-    parts = {"mean": (0.5,), "std": (0.5,), "class_names": ("a", "b", "c"), **changes}
-    return Dataset(name="set", train=train, test=test, num_classes=3, **parts)
+def test_a_registered_source_goes_by_its_name(monkeypatch):
+    monkeypatch.setattr("dpa_jax.data.sources.SOURCES", dict(SOURCES))
+    reads = []
+
+    def open_words(data):
+        inputs = {"tokens": ArraySpec((4,), np.dtype(np.int32)), "length": ArraySpec((), np.dtype(np.int32))}
+
+        def read():
+            reads.append(data.name)
+            numbers = [np.arange(examples, dtype=np.int32) for examples in (3, 2)]
+            return tuple(ArraySplit({"tokens": np.tile(n[:, None], 4), "length": n}, n) for n in numbers)
+
+        return Source(Spec(data.name, inputs, 3, ("a", "b", "c"), 3, 2), read, lambda: [1, 1, 1])
+
+    register("words", open_words)
+    source = open_source(config(name="words", mean=(0.5,)))
+    assert source.spec.model_options() == {} and not reads
+    assert source.load() is source.load() and reads == ["words"]
+    assert source.load()[0].take(np.array([2])).inputs["tokens"].shape == (1, 4)
+    with pytest.raises(ValueError, match="there is a data source 'words' already"):
+        register("words", open_words)
+
+
+def split(labels=(0, 1, 2), shape=(2, 2, 1), dtype=np.uint8):
+    return ArraySplit(np.zeros((len(labels), *shape), dtype), np.array(labels, np.int32))
+
+
+def source(train, test, **changes):
+    spec = image_spec("set", (2, 2, 1), ("a", "b", "c"), 3, 3, mean=(0.5,), std=(0.5,))
+    return Source(spec, lambda: (train, test), lambda: [1, 1, 1])
 
 
 @pytest.mark.parametrize("bad", [3, -1])
 def test_a_label_out_of_range_is_named_with_its_place(bad):
-    with pytest.raises(ValueError, match=rf"label {bad} at position 2 of split 'test' .*there are 3 classes"):
-        dataset(split(), split((0, 1, bad, 9)))
+    with pytest.raises(ValueError, match=rf"^set: label {bad} at position 2 of split 'test' .*there are 3 classes"):
+        source(split(), split((0, 1, bad))).load()
 
 
-def test_parts_that_do_not_belong_together_are_refused():
-    with pytest.raises(ValueError, match=r"test images are \(4, 4, 1\), training images \(2, 2, 1\)"):
-        dataset(split(), split(shape=(4, 4, 1)))
+def test_splits_that_are_not_as_described_are_refused():
+    with pytest.raises(ValueError, match=r"examples of split 'test' are uint8 \[4, 4, 1\], not uint8 \[2, 2, 1\]"):
+        source(split(), split(shape=(4, 4, 1))).load()
+    with pytest.raises(ValueError, match=r"examples of split 'train' are float32 \[2, 2, 1\]"):
+        source(split(dtype=np.float32), split()).load()
+    with pytest.raises(ValueError, match="split 'train' has 2 examples, not 3"):
+        source(split((0, 1)), split()).load()
+
+
+def test_a_description_that_contradicts_itself_is_refused():
     with pytest.raises(ValueError, match="each of 1 channels"):
-        dataset(split(), split(), mean=(0.5, 0.5))
+        image_spec("set", (2, 2, 1), ("a",), 3, 3, mean=(0.5, 0.5), std=(0.5,))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
-        dataset(split(), split(), class_names=("a", "b"))
+        Spec("set", ArraySpec((2,), np.dtype(np.uint8)), 3, ("a", "b"), 1, 1)
+    for shape in ((2, 2), (0, 2, 1)):
+        with pytest.raises(ValueError, match=r"images must be uint8 \[H, W, C\] with no side 0, not uint8 \["):
+            image_spec("set", shape, ("a",), 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "message"),
+    ("labels", "message"),
     [
-        (np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int32), r"images must be uint8 .*uint8 \[3, 2, 2\]"),
-        (np.zeros((3, 2, 2, 1), np.float32), np.zeros(3, np.int32), "images must be uint8.*float32"),
-        (np.zeros((0, 2, 2, 1), np.uint8), np.zeros(0, np.int32), "images must be"),
-        (np.zeros((3, 2, 2, 1), np.uint8), np.zeros(2, np.int32), r"labels must be int32 \[3\].*\[2\]"),
-        (np.zeros((3, 2, 2, 1), np.uint8), np.zeros(3, np.int64), "labels must be int32.*int64"),
+        (np.zeros(2, np.int32), "there are 2 labels for an array of 3 examples"),
+        (np.zeros(3, np.int64), r"labels must be int32 \[N\], not int64 \[3\]"),
+        (np.zeros((3, 1), np.int32), r"labels must be int32 \[N\], not int32 \[3, 1\]"),
     ],
 )
-def test_a_split_refuses_other_shapes_and_types(images, labels, message):
+def test_a_split_refuses_other_labels(labels, message):
     with pytest.raises(ValueError, match=message):
-        Split(images, labels)
+        ArraySplit({"image": np.zeros((3, 2, 2, 1), np.uint8)}, labels)
+
+
+# ---------------- Long tails ----------------
 
 
 @pytest.mark.parametrize(
@@ -145,30 +186,37 @@ def test_a_split_refuses_other_shapes_and_types(images, labels, message):
 )
 def test_the_published_long_tails(classes, each, imbalance, first, last, total):
     labels = np.tile(np.arange(classes, dtype=np.int32), each)
-    kept = sources.long_tail(labels, classes, imbalance)
+    kept = long_tail(labels, classes, imbalance)
     counts = np.bincount(labels[kept])
     assert (counts[0], counts[-1], counts.sum()) == (first, last, total)
     assert np.all(np.diff(counts) <= 0) and np.all(np.diff(kept) > 0)
-    assert set(sources.long_tail(labels, classes, 2 * imbalance)) < set(kept)
+    assert set(long_tail(labels, classes, 2 * imbalance)) < set(kept)
 
 
 def test_the_images_that_stay_are_the_same_for_ever():
-    kept = sources.long_tail(np.tile(np.arange(2, dtype=np.int32), 8), 2, 4)
+    kept = long_tail(np.tile(np.arange(2, dtype=np.int32), 8), 2, 4)
     assert kept.tolist() == [0, 2, 4, 6, 8, 9, 10, 11, 12, 14]
 
 
-def test_a_long_tail_is_cut_from_the_training_split_alone():
-    whole, tail = (sources.load(config(imbalance=imbalance)) for imbalance in (1, 16))
-    assert np.bincount(tail.train.labels).tolist() == [80, 40, 20, 10, 5]
-    assert len(tail.test) == len(whole.test) == 101
-    kept = sources.long_tail(whole.train.labels, 5, 16)
-    assert np.array_equal(tail.train.images, whole.train.images[kept])
-    with pytest.raises(ValueError, match=r"data\.imbalance must be at least 1; got 0\.5"):
-        sources.load(config(imbalance=0.5))
+@pytest.mark.parametrize(("name", "counts"), [("synthetic", [80, 40, 20, 10, 5]), ("digits", None)])
+def test_a_long_tail_is_cut_from_the_training_split_alone(name, counts):
+    whole, tail = (open_source(config(name=name, imbalance=imbalance)) for imbalance in (1, 16))
+    known = tail.spec.train_examples  # before anything is loaded
+    (all_train, all_test), (train, test) = whole.load(), tail.load()
+    assert len(train) == known < len(all_train) and len(test) == len(all_test) == tail.spec.test_examples
+    found = np.bincount(train.labels).tolist()
+    assert found == (counts or found) and found[0] >= 15 * found[-1]
+    kept = long_tail(all_train.labels, whole.spec.num_classes, 16)
+    assert np.array_equal(train.inputs, all_train.inputs[kept])
+
+
+@pytest.mark.parametrize(("name", "examples"), [("cifar10", 12406), ("cifar100", 10847)])
+def test_the_size_of_a_long_tail_is_known_before_loading(name, examples, tmp_path):
+    assert open_source(config(name=name, dir=str(tmp_path), imbalance=100)).spec.train_examples == examples
 
 
 def test_a_mean_and_a_standard_deviation_of_ones_own():
-    dataset = sources.load(config(mean=(0.1, 0.2)))
-    assert dataset.mean == (0.1, 0.2) and dataset.std == sources.load(config()).std
+    spec = open_source(config(mean=(0.1, 0.2))).spec
+    assert spec.mean == (0.1, 0.2) and spec.std == open_source(config()).spec.std
     with pytest.raises(ValueError, match=r"one value for each of 2 channels, not \(0\.1,\)"):
-        sources.load(config(mean=(0.1,)))
+        open_source(config(mean=(0.1,)))

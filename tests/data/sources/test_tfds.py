@@ -12,10 +12,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from dpa_jax.config import default_config
-from dpa_jax.data import sources
+from dpa_jax.data.images import CorruptImageError
 from dpa_jax.data.sources import cifar as archives
+from dpa_jax.data.sources import open_source
 from dpa_jax.data.sources import tfds as prepared
-from dpa_jax.data.splits import CorruptImageError, Split
+from dpa_jax.data.splits import ArraySplit
 
 RANDOM = np.random.default_rng(0)
 NAMES = ["ant", "bee", "cat"]
@@ -69,35 +70,43 @@ def change(folder, old, new):
     info.write_text(info.read_text().replace(old, new, 1))
 
 
-def load(name, directory, **changes):
+def opened(name, directory, **changes):
     data = default_config().data
     data.update(name=name, dir=str(directory), **changes)
-    return sources.load(data)
+    return open_source(data)
+
+
+def load(name, directory, **changes):
+    return opened(name, directory, **changes).load()
 
 
 @pytest.mark.parametrize("up", [0, 2])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_one_shape_are_read_into_memory(tmp_path, up, channels):
     folder, content = prepare(tmp_path, shape=(6, 7, channels))
-    dataset = load("tfds:small", [folder, *folder.parents][up])
-    for split, (images, labels) in ((dataset.train, content["train"]), (dataset.test, content["test"])):
-        assert isinstance(split, Split) and np.array_equal(split.images, np.stack(images))
+    source = opened("tfds:small", [folder, *folder.parents][up])
+    spec = source.spec
+    assert (spec.train_examples, spec.test_examples, spec.inputs.shape) == (5, 3, (6, 7, channels))
+    for split, (images, labels) in zip(source.load(), content.values(), strict=True):
+        assert isinstance(split, ArraySplit) and np.array_equal(split.inputs, np.stack(images))
         assert np.array_equal(split.labels, labels) and split.labels.dtype == np.int32
-    assert dataset.class_names == ("ant", "bee", "cat") and len(dataset.mean) == channels
+    assert spec.class_names == ("ant", "bee", "cat") and len(spec.mean) == channels
 
 
 @pytest.mark.parametrize("shape", [(None, None, 3), (6, 7, 3)], ids=["any size", "too large"])
 def test_other_images_are_read_when_they_are_wanted(tmp_path, monkeypatch, shape):
     folder, content = prepare(tmp_path, shape=shape)
     monkeypatch.setattr(prepared, "_IN_MEMORY", 8 * 6 * 7 * 3 - 1)
-    dataset = load("tfds:small", tmp_path)
+    source = opened("tfds:small", tmp_path)
+    assert source.spec.mean == (0.485, 0.456, 0.406) and source.spec.inputs.shape == shape
+    train, _ = source.load()
     images, labels = content["train"]
-    assert dataset.train.labels.tolist() == labels.tolist() and dataset.mean == (0.485, 0.456, 0.406)
-    for split in (dataset.train, pickle.loads(pickle.dumps(dataset.train))):
+    assert train.labels.tolist() == labels.tolist()
+    for split in (train, pickle.loads(pickle.dumps(train))):
         for i in (4, 0):
             assert np.array_equal(split.read(i), images[i]) and split.shape(i) == images[i].shape
-    assert dataset.train.where(3) == f"record 3 in split 'train' of {folder}"
-    assert load("tfds:small", tmp_path, imbalance=2).train.where(2) == f"record 2 in split 'train' of {folder}"
+    assert train.where(3) == f"record 3 in split 'train' of {folder}"
+    assert load("tfds:small", tmp_path, imbalance=2)[0].where(2) == f"record 2 in split 'train' of {folder}"
 
 
 def test_a_corrupt_record_is_named(tmp_path, monkeypatch):
@@ -125,7 +134,7 @@ def test_of_several_configurations_one_is_named(tmp_path):
 
 def test_the_validation_split_stands_in_for_a_test_split_without_labels(tmp_path):
     _, content = prepare(tmp_path, splits=("train", "validation"), shape=(2, 2, 3))
-    assert load("tfds:small", tmp_path).test.labels.tolist() == content["validation"][1].tolist()
+    assert load("tfds:small", tmp_path)[1].labels.tolist() == content["validation"][1].tolist()
     prepare(tmp_path / "b", label=-1, shape=(2, 2, 3))
     with pytest.raises(ValueError, match=r"needs splits train, and test or validation, with labels; it has \['train'"):
         load("tfds:small", tmp_path / "b")
@@ -166,7 +175,7 @@ def test_tfds_prepares_where_tensorflow_is(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tfds, "builder", builder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorflow")
-    assert len(load("tfds:small", tmp_path, download=True).train) == 5
+    assert len(load("tfds:small", tmp_path, download=True)[0]) == 5
 
 
 def test_labels_are_read_once(tmp_path, monkeypatch):
@@ -175,17 +184,19 @@ def test_labels_are_read_once(tmp_path, monkeypatch):
     folder, _ = prepare(tmp_path, shape=(None, None, 3))
     os.utime(folder, (1, 1))
     os.utime(folder / "dataset_info.json", (1, 1))
-    first = load("tfds:small", tmp_path).train.labels
-    monkeypatch.setattr(prepared.PreparedSplit, "_example", None)
-    assert np.array_equal(load("tfds:small", tmp_path).train.labels, first)
+    first = load("tfds:small", tmp_path)[0].labels
+    monkeypatch.setattr(prepared.PreparedSplit, "label", lambda split, i: 0)
+    assert np.array_equal(load("tfds:small", tmp_path)[0].labels, first) and first.any()
 
 
 def test_cifar_is_found_as_tfds_prepares_it(tmp_path):
     folder, content = prepare(tmp_path, name="cifar10")
-    for name in ("cifar10", "tfds:cifar10"):
-        dataset = load(name, tmp_path)
-        assert np.array_equal(dataset.train.images, np.stack(content["train"][0]))
-        assert dataset.mean == (0.4914, 0.4822, 0.4465)
+    train, test = archives.load(archives.CIFAR10, str(tmp_path), download=False)
+    for split, (images, labels) in zip((train, test), content.values(), strict=True):
+        assert np.array_equal(split.inputs, np.stack(images)) and np.array_equal(split.labels, labels)
+    assert opened("tfds:cifar10", tmp_path).spec.mean == (0.4914, 0.4822, 0.4465)
+    with pytest.raises(ValueError, match="cifar10: split 'train' has 5 examples, not 50000"):
+        load("cifar10", tmp_path)
     with pytest.raises(FileNotFoundError):
         archives.load(dataclasses.replace(archives.CIFAR10, name="large"), str(folder), download=False)
     change(folder, '"array_record"', '"tfrecord"')

@@ -1,0 +1,67 @@
+"""What every data source has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dpa_jax.data.batch import ArraySpec, Spec
+from dpa_jax.data.splits import ArraySplit, Split
+
+
+class Source:
+    """A data set that is described at once and loaded when it is asked for.
+
+    Args:
+      spec: what is known of it without loading anything.
+      read: () -> the training and the held-out split.
+      class_counts: () -> int [num_classes], how many training examples each class has; may read the labels.
+
+    Attributes:
+      spec: as given.
+    """
+
+    def __init__(
+        self, spec: Spec, read: Callable[[], tuple[Split, Split]], class_counts: Callable[[], np.ndarray | list[int]]
+    ):
+        """See the class."""
+        self.spec, self._read, self.class_counts = spec, read, class_counts
+        self._splits: tuple[Split, Split] | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """The training and the held-out split, each an `ArraySplit` or, of encoded images, an `EncodedSplit`.
+
+        They are read once; encoded images are opened only.
+
+        Raises:
+          FileNotFoundError: the data is not there; the message says how to get it.
+          ValueError: the data is not as the spec says: its size, a shape, a dtype, or a label out of range.
+        """
+        if self._splits is None:
+            train, test = self._read()
+            _check(self.spec, "train", train, self.spec.train_examples)
+            _check(self.spec, "test", test, self.spec.test_examples)
+            self._splits = train, test
+        return self._splits
+
+
+def _check(spec: Spec, split_name: str, split: Split, examples: int) -> None:
+    if len(split) != examples:
+        raise ValueError(f"{spec.name}: split {split_name!r} has {len(split)} examples, not {examples}")
+    bad = np.flatnonzero((split.labels < 0) | (split.labels >= spec.num_classes))
+    if bad.size:
+        raise ValueError(
+            f"{spec.name}: label {split.labels[bad[0]]} at position {bad[0]} of split {split_name!r} "
+            f"is outside 0 .. {spec.num_classes - 1}, there are {spec.num_classes} classes"
+        )
+    if isinstance(split, ArraySplit):
+        import jax
+
+        def check(wanted: ArraySpec, array: np.ndarray) -> None:
+            if not wanted.accepts(array.shape[1:], array.dtype):
+                found = ArraySpec(array.shape[1:], array.dtype)
+                raise ValueError(f"{spec.name}: examples of split {split_name!r} are {found}, not {wanted}")
+
+        jax.tree.map(check, spec.inputs, split.inputs)
