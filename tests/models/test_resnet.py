@@ -54,7 +54,7 @@ def test_stages_halve_the_resolution_and_double_the_width():
 def test_mechanisms_train_on_feature_maps(mechanism, options, penalties):
     model, coefficients = small_run(mechanism, **options)
     optimizer = optax.adam(2e-2)
-    state = create_state(model, optimizer, (), seed=0)
+    state = jax.jit(lambda: create_state(model, optimizer, (), seed=0))()
     rng = np.random.default_rng(0)
     labels = np.arange(12, dtype=np.int32) % 3
     images = (rng.normal(size=(12, 8, 8, 3)) + labels[:, None, None, None]).astype(np.float32)
