@@ -37,7 +37,7 @@ class ImageModel(nn.Module):
     image_size: int = 32
     in_channels: int = 3
     arr: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:
