@@ -18,25 +18,17 @@ from dpa_jax.compare import compare, parse_entries
 from dpa_jax.training.checkpoint import DamagedCheckpointError
 from dpa_jax.training.loop import NonFiniteError
 
-_MECHANISMS = flags.DEFINE_string(
-    "mechanisms", "relu,gelu,dpa,dnrt,aiec", "What is compared: NAME[+arr][:OPTION=VALUE]... between commas."
-)
-_SEEDS = flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1)
-_VMAP = flags.DEFINE_integer("vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder; runs/compare_NAME of the configuration where not given.")
 
-
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Compares as the flags say; an error that a user can mend is one line."""
-    del argv
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-    config = flags.FLAGS.config
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / f"compare_{name}")
+    options, config = flags.FLAGS, flags.FLAGS.config
+    name = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
+    workdir = pathlib.Path(options.workdir or pathlib.Path("runs") / f"compare_{name}")
     command = shlex.join(["python", "-m", "dpa_jax.compare", *sys.argv[1:]])
     try:
-        entries = parse_entries(_MECHANISMS.value, config)
-        compare(config, entries, _SEEDS.value, workdir, vmap=_VMAP.value, command=command)
+        entries = parse_entries(options.mechanisms, config)
+        compare(config, entries, options.seeds, workdir, vmap=options.vmap, command=command)
     except (ValueError, OSError, NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
     print((workdir / "table.md").read_text(), end="")
@@ -44,4 +36,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("mechanisms", "relu,gelu,dpa,dnrt,aiec", "What is compared: NAME[+arr][:OPTION=VALUE]...,...")
+    flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1)
+    flags.DEFINE_integer("vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0)
+    flags.DEFINE_string("workdir", None, "The folder; runs/compare_NAME of the configuration where not given.")
     app.run(main, flags_parser=make_parser())
