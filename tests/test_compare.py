@@ -19,8 +19,10 @@ from PIL import Image
 
 from dpa_jax.compare import compare, parse_entries, run, write_report
 from dpa_jax.compare.report import summarize_runs
+from dpa_jax.compare.run import seeds_that_fit
 from dpa_jax.config import default_config
-from dpa_jax.training.loop import build, train_and_evaluate
+from dpa_jax.training.loop import train_and_evaluate
+from dpa_jax.training.run import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -129,26 +131,23 @@ def records(workdir):
 
 
 def test_a_member_is_the_single_run_with_its_seed(quick_to_compile):
-    def of_seed(seed):
-        config = small(mechanism="dpa", seed=seed)
-        config.model_options.update(dropout=0.1, arr=True)  # every kind of memory
-        return build(config, jax.devices()[:1])
-
-    seeds = (0, 5)
-    ensemble, single = make_ensemble(of_seed(0), seeds), of_seed(5)
-    states, state = ensemble.init(), single.init()
+    config = small(mechanism="dpa", seed=5)
+    config.model_options.update(dropout=0.1, arr=True)  # every kind of memory
+    single = build(config, jax.devices()[:1])
+    config.seed = 0
+    group = build(config, jax.devices()[:1], seeds=(0, 5))
+    assert [member.seed for member in group.configs] == [0, 5]
+    states, state = group.init(), single.init()
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), states) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), ensemble.abstract_states
+        lambda leaf: (leaf.shape, leaf.dtype), group.abstract_state
     )
-    for mine, wanted in zip(*(jax.tree.leaves(s) for s in (ensemble.members(states)[1], state)), strict=True):
-        np.testing.assert_array_equal(mine, wanted)
+    jax.tree.map(np.testing.assert_array_equal, group.of_each(states)[1], jax.device_get(state))
     for step in range(6):  # the memories are updated in the fifth, in the middle of the second epoch
-        batches, batch = [feed.train(step) for feed in ensemble.feeds], single.train_feed.train(step)
-        for mine, wanted in zip(*(jax.tree.leaves(b) for b in (batches[1], batch)), strict=True):
-            np.testing.assert_array_equal(mine, wanted)
+        batches, batch = [feed.train(step) for feed in group.feeds], single.feeds[0].train(step)
+        jax.tree.map(np.testing.assert_array_equal, batches[1], batch)
         assert not np.array_equal(batches[0].index, batch.index)
-        states, metrics = ensemble.train_step(states, batches)
-        state, wanted = single.train_step(state, batch)
+        states, metrics = group.step(states, step)
+        state, wanted = single.step(state, step)
         assert metrics.keys() == wanted.keys()
         for name in wanted:
             if name.startswith("loss"):
@@ -180,7 +179,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(start, finished, t
     entries = "--mechanisms=dpa:criterion=union"
     ended = start(tmp_path, entries, "--vmap=2", moment="told in a step", at=5)
     assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-    assert "SIGTERM: saved step 6 of 11 of dpa:criterion=union, seeds 0 to 1" in ended.stderr
+    assert "dpa:criterion=union, seeds 0 to 1: SIGTERM: saved step 6 of 11; start again to continue" in ended.stderr
     assert [len(lines) for lines in records(tmp_path).values()] == [1, 1]
 
     # Two seeds, two epochs left: the third record is the last of seed 0, and that of seed 1 never comes.
@@ -219,9 +218,9 @@ def test_more_seeds_are_added_to_those_there_are(finished, tmp_path, monkeypatch
     shutil.copytree(finished / "relu", tmp_path / "relu")
     trained = []
     monkeypatch.setattr(run, "build", lambda config: None)
-    monkeypatch.setattr(run, "_train_group", lambda program, entry, config, seeds, folder: trained.append(list(seeds)))
+    monkeypatch.setattr(run, "_train_group", lambda run, name, seeds, folder: trained.append(list(seeds)))
     monkeypatch.setattr(run, "write_report", lambda *_: None)
-    monkeypatch.setattr(run, "largest_ensemble", lambda program, wanted: wanted)
+    monkeypatch.setattr(run, "seeds_that_fit", lambda run, wanted: wanted)
     config = small()
     compare(config, parse_entries("relu", config), seeds, tmp_path, vmap=vmap)
     assert trained == groups
@@ -229,7 +228,7 @@ def test_more_seeds_are_added_to_those_there_are(finished, tmp_path, monkeypatch
 
 def test_another_configuration_is_refused(finished):
     config = small(epochs=4)
-    with pytest.raises(ValueError, match=r"relu/seed-0 was started .*: epochs was 3 and is 4 now\. .*workdir"):
+    with pytest.raises(ValueError, match=r"relu/seed-0 was trained with .*: epochs was 3 and is 4 now\. .*workdir"):
         compare(config, parse_entries("relu", config), 3, finished)
 
 
@@ -243,20 +242,16 @@ def test_as_many_seeds_at_a_time_as_the_device_has_memory_for(monkeypatch, free,
         argument_size_in_bytes=size, temp_size_in_bytes=2 * size, output_size_in_bytes=size, alias_size_in_bytes=size
     )
     compiled = types.SimpleNamespace(compile=lambda: types.SimpleNamespace(memory_analysis=lambda: memory))
-    program = types.SimpleNamespace(
-        train_step=types.SimpleNamespace(lower=lambda state, batch: compiled),
-        train_feed=types.SimpleNamespace(abstract_batch=None),
-        abstract_state=None,
-    )
+    single = types.SimpleNamespace(load=lambda: None, lower=lambda: compiled)
     stats = {"bytes_limit": 7 * size + free * 3 * size, "bytes_in_use": 7 * size}
     device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     wanted = 1 if free == 1000 else 5
-    assert largest_ensemble(program, wanted) == fit
+    assert seeds_that_fit(single, wanted) == fit
 
 
 def test_all_seeds_at_a_time_on_a_cpu():
-    assert largest_ensemble(None, 7) == 7
+    assert seeds_that_fit(None, 7) == 7
 
 
 # ---------------- What is compared ----------------
