@@ -14,7 +14,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from dpa_jax.compare.ensemble import largest_ensemble, make_ensemble
 from PIL import Image
 
 from dpa_jax.compare import compare, parse_entries, run, write_report
