@@ -11,7 +11,10 @@ from dpa_jax.data.batch import Mixed
 def mix(
     key: jax.Array, images: jax.Array, labels: jax.Array, mixup: float = 0.0, cutmix: float = 0.0, switch: float = 0.5
 ) -> Mixed:
-    """Mixes each image with the one at the mirrored place of the batch.
+    """Mixes each image with its neighbour: image 2j with 2j + 1.
+
+    Neighbours are on the same device where each has an even share of the batch, so that no image is sent anywhere. The
+    last of an odd batch has no neighbour and stays as it is.
 
     Mixup adds the two, weighed by a draw from Beta(mixup, mixup). CutMix puts a box of the other in, whose
     share of the area is a draw from Beta(cutmix, cutmix) until the rim of the image clips it.
@@ -37,13 +40,20 @@ def mix(
     own_HxW = jnp.where(cut, _outside_of_a_box(box_key, 1 - share, *images.shape[1:3]), share)
     own = own_HxW.astype(images.dtype)[None, :, :, None]
     weight = jnp.mean(own_HxW)
-    more = weight >= 0.5
+    more, others = weight >= 0.5, _neighbours(labels)
     return Mixed(
-        inputs=own * images + (1 - own) * images[::-1],
-        labels=jnp.where(more, labels, labels[::-1]),
-        others=jnp.where(more, labels[::-1], labels),
+        inputs=own * images + (1 - own) * _neighbours(images),
+        labels=jnp.where(more, labels, others),
+        others=jnp.where(more, others, labels),
         weight=jnp.maximum(weight, 1 - weight),
     )
+
+
+def _neighbours(rows: jax.Array) -> jax.Array:
+    """Rows 1, 0, 3, 2, ... of [B, ...]."""
+    even = len(rows) // 2 * 2
+    swapped = rows[:even].reshape(even // 2, 2, *rows.shape[1:])[:, ::-1].reshape(even, *rows.shape[1:])
+    return swapped if even == len(rows) else jnp.concatenate([swapped, rows[even:]])
 
 
 def _outside_of_a_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypedDict
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,52 +22,46 @@ from dpa_jax.data.images import CorruptImageError, EncodedSplit
 from dpa_jax.data.splits import ArraySplit
 
 
-class Example(TypedDict):
-    """One row of a batch.
+class Rows(NamedTuple):
+    """Some rows of a batch.
 
     Attributes:
-      image: uint8 [S, S, 3].
-      label: its class; -1 counts nowhere.
-      index: its position in the split.
-      epoch: the epoch it belongs to.
-      corrupt: why the image that should be here cannot be decoded; empty: it can.
+      image: uint8 [R, S, S, 3].
+      label: int32 [R]; -1 is ignored.
+      index: int32 [R], the images' positions in their split.
+      epoch: int32 [R], the epoch each belongs to.
+      corrupt: [R], why the image that should be there cannot be decoded; empty: it can.
     """
 
     image: np.ndarray
-    label: int
-    index: int
-    epoch: int
-    corrupt: str
+    label: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # the method of tuples gives way
+    epoch: np.ndarray
+    corrupt: np.ndarray
+
+
+Row = tuple[np.ndarray, int, int, int, str]  # one of `Rows`
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples(abc.ABC):
-    """The rows of batches, without end, that one process sends to its devices.
+    """What is at each position of a stream of examples, batch after batch.
 
     Attributes:
       split: where they come from.
-      rows: int [R], the process's rows in every batch, rising.
-      batch_size: the global batch size.
-      first: the first batch's number.
     """
 
     split: EncodedSplit
-    rows: np.ndarray
-    batch_size: int
-    first: int
 
-    def __len__(self) -> int:
-        """More rows than will ever be asked for."""
-        return len(self.rows) * 2**40
-
-    def __getitem__(self, i: int) -> Example:
-        """Reads row i."""
-        batch, row = divmod(i, len(self.rows))
-        return self.at((self.first + batch) * self.batch_size + int(self.rows[row]))
+    def read(self, positions: np.ndarray) -> Rows:
+        """The rows at these positions, int [R]."""
+        images, *numbers, corrupt = zip(*(self.at(int(position)) for position in positions), strict=True)
+        label, index, epoch = (np.array(column, np.int32) for column in numbers)
+        return Rows(np.stack(images), label, index, epoch, np.array(corrupt))
 
     @abc.abstractmethod
-    def at(self, position: int) -> Example:
-        """What is at this place of the stream."""
+    def at(self, position: int) -> Row:
+        """The row at a position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +76,12 @@ class TrainExamples(Examples):
     sampler: Sampler
     crop: TrainCrop
 
-    def at(self, position: int) -> Example:
+    def at(self, position: int) -> Row:
         """The image of this place, or the next that can be decoded; CorruptImageError where none can."""
         index, epoch = self.sampler.at(position)
         image, index, corrupt = read_or_next(self.split, index)
         cut = self.crop(image, uniform(self.sampler.seed, epoch, index))
-        return Example(image=cut, label=int(self.split.labels[index]), index=index, epoch=epoch, corrupt=corrupt)
+        return cut, int(self.split.labels[index]), index, epoch, corrupt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +94,7 @@ class EvalExamples(Examples):
 
     crop: EvalCrop
 
-    def at(self, position: int) -> Example:
+    def at(self, position: int) -> Row:
         """The image of this place; black with the label -1 after the last, and where it cannot be decoded."""
         cut, label, corrupt = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8), -1, ""
         inside = position < len(self.split)
@@ -108,7 +102,7 @@ class EvalExamples(Examples):
             image, corrupt = read_or_none(self.split, position)
             if image is not None:
                 cut, label = self.crop(image), int(self.split.labels[position])
-        return Example(image=cut, label=label, index=position if inside else 0, epoch=0, corrupt=corrupt)
+        return cut, label, position if inside else 0, 0, corrupt
 
 
 def read_or_next(split: EncodedSplit, i: int) -> tuple[np.ndarray, int, str]:

@@ -10,38 +10,23 @@ import contextlib
 import functools
 import itertools
 import math
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Self, cast
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dpa_jax.data.batch import ArraySpec, Batch
 from dpa_jax.data.feeds.base import BaseFeed, fits, put
-from dpa_jax.data.feeds.examples import (
-    EvalExamples,
-    Example,
-    Examples,
-    TrainExamples,
-    decode_all,
-    do_without,
-    shapes_of,
-)
+from dpa_jax.data.feeds.examples import EvalExamples, Rows, TrainExamples, decode_all, do_without, shapes_of
 from dpa_jax.data.feeds.host_crop import EvalCrop, TrainCrop
 from dpa_jax.data.feeds.memory import MemoryFeed
+from dpa_jax.data.feeds.read_ahead import read_ahead
 from dpa_jax.data.images import EncodedSplit, ImageSpec
 from dpa_jax.data.sources import Source
 from dpa_jax.data.splits import ArraySplit
-
-_WAITING = 8  # images of each worker that wait, in shared memory, of which a container may have little
 
 
 def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
@@ -100,7 +85,7 @@ class StreamFeed(BaseFeed):
         self._open = split
         self._crop: Any = (TrainCrop if training else EvalCrop).from_config(config.augment)
         self._replace, self._workers = config.data.corrupt == "replace", config.data.workers
-        self._stream: grain.DatasetIterator | None = None
+        self._stream: Generator[Rows, None, None] | None = None
         self._next_step = 0
 
     @functools.cached_property
@@ -134,22 +119,24 @@ class StreamFeed(BaseFeed):
         """The batch of a 0-based training step; ready soon where the step before it was the last asked for."""
         if self._stream is None or step != self._next_step:
             self.close()
-            self._stream = self._read(TrainExamples(**self._rows_from(step), sampler=self.sampler, crop=self._crop))
+            examples = TrainExamples(self.split, self.sampler, self._crop)
+            self._stream = read_ahead(examples, map(self._positions, itertools.count(step)), self._workers)
         self._next_step = step + 1
-        batch, corrupt = next(self._stream)
-        for reason, taken in corrupt:
-            do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
-        return batch
+        rows = next(self._stream)
+        for reason, taken in zip(rows.corrupt, rows.index, strict=True):
+            if reason:
+                do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
+        return self._on_devices(rows)
 
     def evaluation(self) -> Iterator[Batch]:
         """The whole split once, in order; padding, and what cannot be decoded, is black and has the label -1."""
-        batches = math.ceil(self.num_examples / self.batch_size)
-        # Closed before its end: grain's workers leave shared memory behind where they come to one.
-        with contextlib.closing(self._read(EvalExamples(**self._rows_from(0), crop=self._crop))) as stream:
-            for batch, corrupt in itertools.islice(stream, batches):
-                for reason, _ in corrupt:
+        batches = map(self._positions, range(math.ceil(self.num_examples / self.batch_size)))
+        examples = EvalExamples(self.split, self._crop)
+        with contextlib.closing(read_ahead(examples, batches, self._workers)) as stream:
+            for rows in stream:
+                for reason in filter(None, rows.corrupt):
                     do_without(reason, "it counts nowhere", self._replace)
-                yield batch
+                yield self._on_devices(rows)
 
     def close(self) -> None:
         """Ends the threads or processes that read ahead for training."""
@@ -157,60 +144,17 @@ class StreamFeed(BaseFeed):
             self._stream.close()
             self._stream = None
 
-    def _rows_from(self, first: int) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "rows": self._rows,
-            "batch_size": self.batch_size,
-            "first": first,
-        }
+    def _positions(self, step: int) -> np.ndarray:
+        """Of the rows of this process, in the stream of examples."""
+        return step * self.batch_size + self._rows
 
-    def _read(self, examples: Examples) -> grain.DatasetIterator:
-        """Yields batches, read by threads here or in worker processes and put on the devices by another thread.
-
-        With each come its corrupt images, as (why they cannot be decoded, index in the batch). They are not raised
-        where they are read, so that all ends in order.
-        """
-        threads = 2 if self._workers else os.cpu_count() or 1
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, len(self._rows)))
-        images = grain.MapDataset.source(examples).to_iter_dataset(options)
-        if self._workers:
-            if not flags.FLAGS.is_parsed():  # in a program without flags; grain looks at its own, at their defaults
-                flags.FLAGS.mark_as_parsed()
-            processes = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_WAITING)
-            images = images.mp_prefetch(processes, worker_init_fn=_start_worker)
-        batches = images.batch(len(self._rows), batch_fn=self._on_devices)
-        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1))
-
-    def _on_devices(self, examples: Sequence[Example]) -> tuple[Batch, list[tuple[str, int]]]:
-        def on_devices(column: Sequence, dtype: type) -> jax.Array:
-            own: np.ndarray = np.array(column, dtype)
-
-            def rows(where: tuple[slice, ...]) -> np.ndarray:
+    def _on_devices(self, rows: Rows) -> Batch:
+        def on_devices(own: np.ndarray) -> jax.Array:
+            def part(where: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = where[0].indices(self.batch_size)
                 first = np.searchsorted(self._rows, start)
                 return own[first : first + stop - start]
 
-            return put((self.batch_size, *own.shape[1:]), self._sharded, rows)
+            return put((self.batch_size, *own.shape[1:]), self._sharded, part)
 
-        batch = Batch(
-            inputs=on_devices([example["image"] for example in examples], np.uint8),
-            labels=on_devices([example["label"] for example in examples], np.int32),
-            index=on_devices([example["index"] for example in examples], np.int32),
-            epoch=on_devices([example["epoch"] for example in examples], np.int32),
-        )
-        return batch, [(example["corrupt"], example["index"]) for example in examples if example["corrupt"]]
-
-
-def _start_worker(_: int, __: int) -> None:
-    """Lets a worker end when the process that it works for wants it to, or has ended itself, and only then."""
-    # A signal to all of a run's processes is for the main one to act on, which may still need images then.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+        return Batch(*map(on_devices, (rows.image, rows.label, rows.index, rows.epoch)))

@@ -2,11 +2,14 @@ import collections
 import hashlib
 import multiprocessing
 import os
+import pathlib
 import pickle
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 import numpy as np
@@ -144,6 +147,10 @@ def test_worker_processes_give_what_threads_give_and_start_no_jax(tree, monkeypa
             for child in multiprocessing.active_children():  # as a scheduler does; the run decides when it stops
                 os.kill(child.pid, signal.SIGTERM)
     assert len(multiprocessing.active_children()) == 2
+    pool = workers._stream.gi_frame.f_locals["pool"]
+    imported = pool.submit(eval, "[name for name in __import__('sys').modules if name.startswith(('jax', 'dpa_jax'))]")
+    names = imported.result()
+    assert "dpa_jax.data.feeds.read_ahead" in names and not [n for n in names if n.split(".")[0] in ("jax", "jaxlib")]
     workers.close()
     assert not multiprocessing.active_children()
     with pytest.warns(RuntimeWarning, match=r"ant/03\.png cannot be decoded"):
@@ -153,6 +160,51 @@ def test_worker_processes_give_what_threads_give_and_start_no_jax(tree, monkeypa
     refusing = eval_feed(tree, workers=1)
     with pytest.raises(CorruptImageError, match=r"ant/03\.png cannot be decoded"):
         list(refusing.evaluation())
+
+
+def test_a_worker_that_is_killed_ends_the_reading_with_an_error(tree):
+    feed = train_feed(tree, workers=2)
+    feed.train(0)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(BrokenProcessPool):
+        for step in range(1, 9):
+            feed.train(step)
+    assert not multiprocessing.active_children()
+
+
+ORPHAN = """
+import multiprocessing, os, pathlib, signal, sys
+import numpy as np
+from dpa_jax.data.feeds.read_ahead import read_ahead
+from dpa_jax.data.feeds.examples import EvalExamples
+from dpa_jax.data.feeds.host_crop import EvalCrop
+from dpa_jax.data.sources.folder import FolderSplit
+
+if __name__ == "__main__":
+    split = FolderSplit(pathlib.Path(sys.argv[1]), {"ant": ["00.png"]})
+    reading = read_ahead(EvalExamples(split, EvalCrop(8, 8)), [np.array([0])] * 3, 1)
+    next(reading)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tree, tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    command = [sys.executable, str(tmp_path / "orphan.py"), str(tree / "train")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (worker,) = map(int, ended.stdout.split())
+    for _ in range(200):
+        try:
+            state = pathlib.Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {worker} goes on without its parent")
 
 
 def test_seeds_and_reordered_feeds_have_their_own_order_and_cuts(tree):
