@@ -27,23 +27,56 @@ from dpa_jax.training.step import make_train_step
 INTERVAL = 5  # DPA's: a round has one step that updates the memories
 
 
-def prepare(mechanism: str, args: argparse.Namespace, batch: Batch):
-    """The compiled step, its state, the seconds that compiling took, and the compiler's account of memory."""
+def training_step(mechanism: str, args: argparse.Namespace, **model_options):
+    """The step (state, batch) -> (state, metrics) of a configuration, and what makes its first state."""
     config = default_config()
-    config.mechanism = mechanism
-    config.model = args.model
-    config.precision = args.precision
+    config.mechanism, config.model, config.precision = mechanism, args.model, args.precision
+    config.model_options.update(model_options)
     model = create_model(config, args.num_classes, in_channels=3)
     optimizer = make_optimizer(config, lambda step: 1e-4)
-    train_step = make_train_step(
+    step = make_train_step(
         model, optimizer, lambda key, batch: batch.inputs.astype(np.float32) / 255, config.coefficients
     )
-    metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create_state(model, optimizer, (), 0)), batch)[1]
-    state = jax.jit(lambda: create_state(model, optimizer, tuple(metrics), 0))()
-    lowered = jax.jit(train_step, donate_argnums=0).lower(state, batch)
+    return step, lambda: create_state(model, optimizer, (), 0)
+
+
+def random_batch(args: argparse.Namespace) -> Batch:
+    """Images and labels of the model's sizes."""
+    size = dpa_jax.models.create(args.model, args.num_classes).image_size
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (args.batch_size, size, size, 3), np.uint8)
+    labels = random.integers(0, args.num_classes, args.batch_size).astype(np.int32)
+    index = np.zeros(args.batch_size, np.int32)
+    return Batch(images, labels, index, index)
+
+
+def prepare(mechanism: str, args: argparse.Namespace, batch: Batch, **model_options):
+    """The compiled step, its state, the seconds that compiling took, and the compiler's account of memory."""
+    step, make_state = training_step(mechanism, args, **model_options)
+    state = jax.jit(make_state)()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     begin = time.perf_counter()
     compiled = lowered.compile()
     return compiled, state, time.perf_counter() - begin, compiled.memory_analysis()
+
+
+def interleave(programs: dict, batch: Batch, rounds: int) -> dict[str, list[float]]:
+    """{name: seconds of a step in each round} of programs made by `prepare`."""
+    names = list(programs)
+    states = {name: state for name, (_, state, _, _) in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in range(rounds + 1):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            compiled, state = programs[name][0], states[name]
+            begin = time.perf_counter()
+            for _ in range(INTERVAL):
+                state, _ = compiled(state, batch)
+            jax.block_until_ready(state)
+            states[name] = state
+            if round_number:  # the first is a warm-up
+                seconds[name].append((time.perf_counter() - begin) / INTERVAL)
+    return seconds
 
 
 def ratios(seconds: list[float], baseline: list[float]) -> list[float]:
@@ -65,27 +98,9 @@ def main() -> None:
     names = args.mechanisms.split(",")
     if not {"relu", "gelu"} <= set(names):
         parser.error("--mechanisms needs relu and gelu, which the others are compared with")
-    size = dpa_jax.models.create(args.model, args.num_classes).image_size
-    random = np.random.default_rng(0)
-    index = np.zeros(args.batch_size, np.int32)
-    images = random.integers(0, 256, (args.batch_size, size, size, 3), np.uint8)
-    labels = random.integers(0, args.num_classes, args.batch_size).astype(np.int32)
-    batch = jax.device_put(Batch(images, labels, index, index))
-
+    batch = jax.device_put(random_batch(args))
     programs = {name: prepare(name, args, batch) for name in names}
-    states = {name: state for name, (_, state, _, _) in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(args.rounds + 1):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
-            compiled, state = programs[name][0], states[name]
-            begin = time.perf_counter()
-            for _ in range(INTERVAL):
-                state, _ = compiled(state, batch)
-            jax.block_until_ready(state)
-            states[name] = state
-            if round_number:  # the first is a warm-up
-                seconds[name].append((time.perf_counter() - begin) / INTERVAL)
+    seconds = interleave(programs, batch, args.rounds)
 
     rows = {}
     for name in names:

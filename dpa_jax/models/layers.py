@@ -106,17 +106,17 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, scan: bool) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, unroll: int) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
-    depend on ``scan``: checkpoints of one form serve the other.
+    depend on ``unroll``: checkpoints of one form serve the other.
 
     Args:
         block: called as ``block(...)(x, own, labels, train)``, where ``own`` is the block's part of an array (or
             pytree) with a leading axis of length ``length``; it returns ``(x, None)``.
         length: number of blocks.
-        scan: True compiles one block and loops over it, False compiles all blocks.
+        unroll: how many blocks are compiled, one after the other, as the body of a loop; ``length`` leaves no loop.
 
     Returns:
         The class, with the attributes of ``block``; its modules return ``(x, None)``.
@@ -127,7 +127,7 @@ def repeat(block: type[nn.Module], length: int, scan: bool) -> Callable[..., Any
         split_rngs={True: True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=length,
-        unroll=1 if scan else length,
+        unroll=unroll,
     )
 
 

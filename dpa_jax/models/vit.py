@@ -114,7 +114,7 @@ class ViT(ImageModel):
         x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.param("position_embedding", normal_init, (1, *x.shape[1:])).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        blocks = repeat(Block, self.depth, self.scan)(
+        blocks = repeat(Block, self.depth, unroll=1 if self.scan else self.depth)(
             num_heads=self.num_heads,
             hidden_dim=int(self.embed_dim * self.mlp_ratio),
             activation=self.activation,

@@ -1,0 +1,133 @@
+"""What blocks in a scan cost and save, beside the same blocks unrolled: training steps of one ViT.
+
+    python benchmarks/scan.py [--mechanisms relu,gelu,dpa] [--batch_size 32] [--rounds 8] [--json PATH]
+    python benchmarks/scan.py --topology v5e:16x16 --batch_size 4096 [--mechanisms relu,dpa] [--json PATH]
+
+The first measures on the devices here, interleaved as in ``activation_overhead.py``: medians over rounds of a step's
+time, and of its ratio to the unrolled form's.
+
+The second compiles for TPUs that need not be there (``pip install libtpu``), the batch sharded over all chips, and
+prints the compiler's account of one chip: gigabytes read and written, floating point operations, memory for
+temporaries, and the collective operations of a step. The compiler counts the body of a loop once; a second program
+with two blocks in the body tells what one costs, and all are counted here.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import time
+from unittest import mock
+
+from activation_overhead import interleave, prepare, random_batch, ratios, training_step
+
+FORMS = {"unrolled": False, "scanned": True}
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict]:
+    """Times of every mechanism in both forms, on the devices here."""
+    import jax
+
+    batch = jax.device_put(random_batch(args))
+    names = [(mechanism, form) for mechanism in args.mechanisms for form in FORMS]
+    programs = {(name, form): prepare(name, args, batch, scan=FORMS[form]) for name, form in names}
+    seconds = interleave(programs, batch, args.rounds)
+    return {
+        f"{name} {form}": {
+            "step_ms": 1e3 * statistics.median(seconds[name, form]),
+            "ratio_to_unrolled": ratios(seconds[name, form], seconds[name, "unrolled"])[1],
+            "ratio_to_first": ratios(seconds[name, form], seconds[names[0][0], form])[1],
+            "compile_seconds": programs[name, form][2],
+            "temporary_mib": programs[name, form][3].temp_size_in_bytes / 2**20,
+        }
+        for name, form in names
+    }
+
+
+def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
+    """The compiler's account of every mechanism in both forms, for a TPU topology."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from dpa_jax.models import layers, vit
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.asarray(devices).reshape(-1), ("data",))
+    replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    batch = jax.eval_shape(lambda: random_batch(args))
+
+    def compiled(name, scan):
+        step, make_state = training_step(name, args, scan=scan)
+        jitted = jax.jit(step, in_shardings=(replicated, sharded), out_shardings=replicated, donate_argnums=0)
+        lowered = jitted.lower(jax.eval_shape(make_state), batch)
+        begin = time.perf_counter()
+        program = lowered.compile()
+        return program, time.perf_counter() - begin
+
+    depth = vit.ViT(args.num_classes).depth
+    rows = {}
+    for name in args.mechanisms:
+        for form, scan in FORMS.items():
+            program, seconds = compiled(name, scan)
+            cost = program.cost_analysis()
+            total = {key: cost[key] for key in ("bytes accessed", "flops")}
+            if scan:
+                with mock.patch.object(vit, "repeat", lambda block, length, unroll: layers.repeat(block, length, 2)):
+                    cost = compiled(name, scan)[0].cost_analysis()
+                total = {key: value + (depth - 1) * (cost[key] - value) for key, value in total.items()}
+            rows[f"{name} {form}"] = {
+                "gigabytes_accessed": total["bytes accessed"] / 1e9,
+                "gigaflops": total["flops"] / 1e9,
+                "temporary_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+                "compile_seconds": seconds,
+                "collectives": collectives(program.as_text(), depth),
+            }
+    return rows
+
+
+def collectives(program: str, depth: int) -> dict[str, int]:
+    """How many of each kind a step runs: those in the body of a loop once a block."""
+    bodies = set(re.findall(r"body=%([\w.-]+)", program))
+    count: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
+    for computation in program.split("\n}"):
+        header = re.search(r"^(?:ENTRY )?%([\w.-]+) \(", computation, re.MULTILINE)
+        times = depth if header and header[1] in bodies else 1
+        for kind in COLLECTIVES:
+            # The compiler splits one collective over many instructions, under one channel.
+            count[kind] += times * len(set(re.findall(rf" {kind}(?:-start)?\(.*channel_id=(\d+)", computation)))
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_tiny_patch4_32")
+    parser.add_argument("--mechanisms", default=["relu", "gelu", "dpa"], type=lambda names: names.split(","))
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--num_classes", type=int, default=100)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--topology", help="compile for these TPUs instead, v5e:16x16 for example")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+
+    if args.topology:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    rows = compile_for(args.topology, args) if args.topology else measure(args)
+    for name, row in rows.items():
+        print(f"{name:16}", "  ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)))
+        if "collectives" in row:
+            print(f"{'':16}", "  ".join(f"{kind} {count}" for kind, count in row["collectives"].items()))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**vars(args), "results": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
