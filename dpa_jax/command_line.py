@@ -132,12 +132,12 @@ def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path
     """
     from ml_collections import config_flags
 
-    from dpa_jax.config import check_key
+    from dpa_jax.config import changes_figures
 
     changes = [
         f"{key}={value}"
         for key, value in sorted(config_flags.get_override_values(options["config"]).items())
-        if check_key(key).changes_figures
+        if changes_figures(key)
     ]
     stem = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
     name = ",".join([prefix + stem, *changes])

@@ -307,6 +307,15 @@ def check_key(path: str, owner: str = "config") -> Any:
     return found
 
 
+def changes_figures(path: str) -> bool:
+    """Whether another value of a key gives a run other figures; so may a group, and a key that there is not."""
+    try:
+        key = check_key(path)
+    except ValueError:  # of another version of the program
+        return True
+    return key.changes_figures if isinstance(key, Key) else True
+
+
 def _nearest_key(prefix: str, key: str) -> str:
     """A sentence naming the key most like `key`: in the group that it was looked for in, else in any."""
     keys = _keys()

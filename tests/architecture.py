@@ -33,11 +33,14 @@ def modules():
 
 @functools.cache
 def imports():
-    """{module: the modules of dpa_jax that it imports}, wherever in the file and for whatever purpose."""
+    """{module: the modules of dpa_jax that it imports}, also within functions; those for type checkers do not count."""
     found, known = {}, modules()
     for module, file in known.items():
-        named = []
-        for node in ast.walk(ast.parse(file.read_text())):
+        named, waiting = [], [ast.parse(file.read_text())]
+        while waiting:
+            node = waiting.pop()
+            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+                waiting += ast.iter_child_nodes(node)
             if isinstance(node, ast.Import):
                 named += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

@@ -1,6 +1,7 @@
 """What README and the pages of docs say is true: their examples run, what they name exists."""
 
 import pathlib
+import pkgutil
 import re
 import tomllib
 
@@ -8,6 +9,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = [page for page in PAGES[1:] if "```python" in page.read_text() and page.stem != "own_mechanism"]
 
 
 def run_examples(page):
@@ -22,19 +25,30 @@ def test_example_runs_and_learns(capsys):
     assert float(accuracy) > 0.8
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+# tests/activations/test_mechanism.py runs own_mechanism.md and takes back what it registers.
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
 def test_examples_of_the_pages_run(page):
     run_examples(page)
 
 
-def test_files_that_it_names_exist():
-    named = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"\b(?:configs|benchmarks)/\w+\.py\b", README)
-    assert named
-    for name in named:
-        assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / name).exists(), name
+    for name in re.findall(r"(?<![\w/])(?:configs|benchmarks|tests|docs|dpa_jax)/[\w/]*(?:\.py|\.md)\b", text):
+        assert (ROOT / name).is_file() or name == "configs/NAME.py", name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_of_the_package_that_a_page_uses_exist(page):
+    for name in set(re.findall(r"\bdpa_jax(?:\.\w+)+", page.read_text())):
+        pkgutil.resolve_name(name)
 
 
 def test_commands_use_extras_that_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra in re.findall(r"'\.\[(\w+)\]'", README):
+    named = [extra for page in PAGES for extra in re.findall(r"'(?:\.|dpa_jax)\[([\w,]+)\]'", page.read_text())]
+    assert "train" in named and "test" in named
+    for extra in ",".join(named).split(","):
         assert extra in extras

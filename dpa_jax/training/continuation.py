@@ -13,7 +13,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from dpa_jax.config import Key, check_key, default_config, split_keys
+from dpa_jax.config import changes_figures, default_config, split_keys
 from dpa_jax.training.record import replace_file
 
 
@@ -44,10 +44,10 @@ def check_unchanged(config: ConfigDict, folder: pathlib.Path) -> list[str]:
     described = {}
     for key in sorted({*then, *now}):
         before, after = then.get(key, defaults.get(key)), now.get(key)
-        if before != after:
+        if before != after and key != "allow_change":
             described[key] = f"{key} was {before!r} and is {after!r} now"
     allowed = tuple(f"{key}." for key in split_keys(config.allow_change))
-    refused = [key for key in described if _changes_figures(key) and not f"{key}.".startswith(allowed)]
+    refused = [key for key in described if changes_figures(key) and not f"{key}.".startswith(allowed)]
     if refused:
         raise ValueError(
             f"{folder} was trained with another configuration: {'; '.join(described[key] for key in refused)}. "
@@ -61,14 +61,6 @@ def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
     """Writes ``config.json``: from now on the run in this folder is trained with this configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "config.json", json.dumps(_plain(config), indent=2) + "\n")
-
-
-def _changes_figures(path: str) -> bool:
-    try:
-        key = check_key(path)
-    except ValueError:  # of another version of the program
-        return True
-    return key.changes_figures if isinstance(key, Key) else True
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from dpa_jax.data.augment.color import color_jitter
 from dpa_jax.data.augment.crop import center_crop, random_crop, random_flip, random_resized_crop
@@ -14,6 +14,9 @@ from dpa_jax.data.augment.erasing import random_erasing
 from dpa_jax.data.augment.policy import parse_policy, rand_augment
 from dpa_jax.data.augment.resample import resize
 from dpa_jax.data.batch import Batch
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 Operation = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -25,7 +28,7 @@ def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def train_transform(
-    config: ml_collections.ConfigDict, mean: Sequence[float], std: Sequence[float]
+    config: ConfigDict, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[jax.Array, Batch], jax.Array]:
     """The augmentation of training images.
 
@@ -74,7 +77,7 @@ def train_transform(
     return transform
 
 
-def _crop(config: ml_collections.ConfigDict) -> Operation:
+def _crop(config: ConfigDict) -> Operation:
     if config.crop == "none":
         return lambda _, image: image
     if config.crop == "pad":
@@ -91,9 +94,7 @@ def _crop(config: ml_collections.ConfigDict) -> Operation:
     raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
 
 
-def eval_transform(
-    config: ml_collections.ConfigDict, mean: Sequence[float], std: Sequence[float]
-) -> Callable[[jax.Array], jax.Array]:
+def eval_transform(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
     """The treatment of test images.
 
     Args:

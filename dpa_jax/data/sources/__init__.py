@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dpa_jax.extras import require_train
+
+require_train(__name__)
+
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
