@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
+from dpa_jax.activations.penalties import Ratio
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
@@ -73,24 +74,28 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     optimizer = make_optimizer(config, schedule)
 
     # ---------------- Steps ----------------
-    train_step = make_train_step(
-        model, optimizer, transforms.train, dict(config.coefficients), config.label_smoothing, transforms.mix
+    # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
+    # the compiled step takes the trace over.
+    train_step = jax.jit(
+        make_train_step(
+            model, optimizer, transforms.train, dict(config.coefficients), config.label_smoothing, transforms.mix
+        ),
+        inline=True,
     )
-    eval_step = make_eval_step(model, transforms.evaluate)
-    # The step itself says what it measures; the state has an average for each.
     create = functools.partial(create_state, model, optimizer)
-    _, metrics = jax.eval_shape(train_step, jax.eval_shape(lambda: create((), seed=0)), train_feed.abstract_batch)
-    create = functools.partial(create, tuple(metrics))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract_state = _placed(jax.eval_shape(lambda: create((), seed=0)), everywhere)
+    _, metrics = jax.eval_shape(train_step, abstract_state, train_feed.abstract_batch)
     run = Run(
         config,
         model,
         schedule,
-        create,
+        functools.partial(create, tuple(metrics)),
         train_step,
-        eval_step,
+        make_eval_step(model, transforms.evaluate),
         train_feed,
         eval_feed,
-        NamedSharding(mesh, PartitionSpec()),
+        everywhere,
     )
     return run if seeds is None else run.with_seeds(seeds)
 
@@ -127,13 +132,19 @@ class Run:
         self.seeds: tuple[int, ...] = (config.seed,)
         self.feeds, self.eval_feed = [train_feed], eval_feed
         self._create, self._everywhere = create, everywhere
+        self._abstract_member = jax.eval_shape(lambda: create(seed=0))
 
         # The number of members is that of the batches, or the length of a state's first axis: functions that are
         # compiled for a number serve other seeds as well.
+        def one_step(state: TrainState, batch: Batch):
+            new, metrics = train_step(state.replace(metrics={}), batch)
+            averages = {name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()}
+            return new.replace(metrics=averages), metrics
+
         def step(state: TrainState, batches: list[Batch]):
             if len(batches) == 1:
-                return train_step(state, batches[0])
-            return jax.vmap(train_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+                return one_step(state, batches[0])
+            return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
         def apart(tree: Any) -> list[Any]:
             """Of each member."""
@@ -193,10 +204,7 @@ class Run:
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
         members = () if len(self.seeds) == 1 else (len(self.seeds),)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((*members, *leaf.shape), leaf.dtype, sharding=self._everywhere),
-            jax.eval_shape(lambda: self._create(seed=0)),
-        )
+        return _placed(self._abstract_member, self._everywhere, members)
 
     @property
     def abstract_batch(self) -> list[Batch]:
@@ -281,3 +289,10 @@ class Run:
 def _shapes_of_one(inputs: Any) -> Any:
     """The shapes of one example, in the structure of a batch of them."""
     return jax.tree.map(lambda leaf: leaf.shape[1:], inputs)
+
+
+def _placed(abstract: Any, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> Any:
+    """Shapes and dtypes, with axes in front, and with this sharding."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=sharding), abstract
+    )

@@ -40,6 +40,7 @@ def make_train_step(
     Returns:
         (state, batch) -> (state, metrics), the metrics a dict of float32 scalars: ``loss``, each of its terms
         as ``loss_NAME``, ``top1``, ``gradient_norm`` before clipping and, where a mechanism masks, ``masked_fraction``.
+        The state's averages stay as they are.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -87,7 +88,6 @@ def make_train_step(
             backward_memory=optax.apply_updates(state.backward_memory, memory_update),
             model_state={name: mutated.get(name, old) for name, old in state.model_state.items()},
             opt_state=opt_state,
-            metrics={name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()},
         ), metrics
 
     return train_step
