@@ -1,35 +1,9 @@
 """DPA, RAA, ARR and AIEC as Flax NNX modules: the same mathematics, the state in ``nnx.Variable``s.
 
-Settings, defaults and errors are those of the linen modules of the same names. What differs is where things are:
-the number of channels is given at construction, memories are attributes of the module, `value_and_grad` updates
-the backward memories, and `recorded` hands out what the penalties are made of::
-
-    import dpa_jax
-    import dpa_jax.nnx
-    from flax import nnx
-
-    class Mlp(nnx.Module):
-        def __init__(self, *, rngs):
-            self.hidden = nnx.Linear(64, 128, rngs=rngs)
-            self.act = dpa_jax.nnx.DPA(10, 128, pool="none")
-            self.head = nnx.Linear(128, 10, rngs=rngs)
-
-        def __call__(self, x, labels=None, train=False):
-            return self.head(self.act(self.hidden(x), labels, train))
-
-    @nnx.jit
-    def train_step(model, optimizer, x, labels):
-        def loss_fn(model):
-            logits, records = dpa_jax.nnx.recorded(model)(x, labels, train=True)
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss + 5.0 * dpa_jax.penalties(records)["channel"]
-
-        loss, gradients = dpa_jax.nnx.value_and_grad(loss_fn)(model)
-        optimizer.update(model, gradients)
-        return loss
-
-`dpa_jax.supervise`, `dpa_jax.penalties` and `dpa_jax.summarize` serve linen and NNX alike. A mechanism of your own is a
-subclass of `Stateful` that names it.
+Settings, defaults and errors are those of the linen modules of the same names. What differs is where things are: the
+number of channels is given at construction, memories are attributes of the module, `value_and_grad` updates the
+backward memories, and `recorded` hands out what penalties are made of. ``docs/nnx.md`` has an example.
+`dpa_jax.supervise`, `dpa_jax.penalties` and `dpa_jax.summarize` serve linen and NNX alike.
 """
 
 from __future__ import annotations
@@ -202,21 +176,9 @@ class AIEC(Stateful):
 
 
 class RAA(nnx.Module):
-    """Response-Adaptive Activation, `dpa_jax.RAA` as an NNX module.
+    """Response-Adaptive Activation, `dpa_jax.RAA`: ``RAA(num_features, **options)``.
 
-    Attributes:
-        settings: the linen module that holds the settings.
-        shift_kernel: ``nnx.Param`` [C], or [C, C] of kind ``"elementwise"``; absent of kind ``"scalar"``.
-        shift_bias: ``nnx.Param`` [], or [C] of kind ``"elementwise"``.
-
-    Args:
-        num_features: C.
-        rngs: taken and not used, so that all activations are made alike.
-        **options: the attributes of `dpa_jax.RAA`.
-
-    Raises:
-        ValueError: for another kind or base, and for an input that is not floating.
-        TypeError: for an option that does not exist.
+    ``nnx.Param`` attributes ``shift_kernel`` [C], [C, C] or none and ``shift_bias`` [] or [C], by the kind.
     """
 
     def __init__(self, num_features: int, *, rngs: nnx.Rngs | None = None, **options: Any):

@@ -206,19 +206,10 @@ class Mechanism(nn.Module):
         pool: Pool,
         rows_per_sample: int,
     ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
-        """One call, whoever keeps the state: `plain`, or `observe` with everything checked.
+        """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
-        Args:
-            x: as `__call__` has it.
-            labels: likewise.
-            train: likewise.
-            recording: whether somebody wants the record.
-            read: () -> the state, {key of ``kept``: array}.
-            pool: of `pool_of`.
-            rows_per_sample: as `__call__` has it.
-
-        Returns:
-            The output; {key: new array} of the state that has changed; the record, None of a plain call.
+        ``recording`` says whether somebody wants the record, ``read()`` gives the state, ``pool`` is of `pool_of`.
+        Returns the output, {key: new array} of the state that has changed, and the record, None of a plain call.
         """
         asked = train and not self.class_wise  # what needs no labels need not wait for `supervise`
         labels, train = supervised(labels, train)
