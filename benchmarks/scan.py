@@ -48,12 +48,13 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
 
 def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
     """The compiler's account of every mechanism in both forms, for a TPU topology."""
+    import flax.linen as nn
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from dpa_jax.models import layers, vit
+    from dpa_jax.models import ViT
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = Mesh(np.asarray(devices).reshape(-1), ("data",))
@@ -68,7 +69,7 @@ def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
         program = lowered.compile()
         return program, time.perf_counter() - begin
 
-    depth = vit.ViT(args.num_classes).depth
+    depth = ViT(args.num_classes).depth
     rows = {}
     for name in args.mechanisms:
         for form, scan in FORMS.items():
@@ -76,7 +77,9 @@ def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
             cost = program.cost_analysis()
             total = {key: cost[key] for key in ("bytes accessed", "flops")}
             if scan:
-                with mock.patch.object(vit, "repeat", lambda block, length, unroll: layers.repeat(block, length, 2)):
+                with mock.patch.object(
+                    nn, "scan", lambda *args, scan=nn.scan, **given: scan(*args, **given | {"unroll": 2})
+                ):
                     cost = compiled(name, scan)[0].cost_analysis()
                 total = {key: value + (depth - 1) * (cost[key] - value) for key, value in total.items()}
             rows[f"{name} {form}"] = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import flax.linen as nn
 
-from dpa_jax.checks import check_choice
+from dpa_jax.checks import check_choice, check_options
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT
@@ -36,14 +35,11 @@ def create(name: str, num_classes: int, **options) -> nn.Module:
         ``model.example_inputs`` are the shapes and dtypes of its inputs, with a batch axis of 1.
 
     Raises:
-        ValueError: for an unknown name or option, with the nearest one.
+        ValueError: for an unknown name or option, with the nearest one, and for an option of another type.
     """
     check_choice("models.create", "name", name, MODELS)
-    factory = MODELS[name]
-    attributes = inspect.signature(factory).parameters.keys() - {"num_classes", "parent", "name"}
-    for option in options:
-        check_choice(f"model {name!r}", "an option", option, sorted(attributes))
-    return factory(num_classes=num_classes, **options)
+    check_options(f"model {name!r}", MODELS[name], options, given=("num_classes",))
+    return MODELS[name](num_classes=num_classes, **options)
 
 
 def register(name: str, factory: Callable[..., nn.Module]) -> None:

@@ -106,28 +106,31 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, unroll: int) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
-    depend on ``unroll``: checkpoints of one form serve the other.
+    depend on ``scan``: checkpoints of one form serve the other.
 
     Args:
         block: called as ``block(...)(x, own, labels, train)``, where ``own`` is the block's part of an array (or
             pytree) with a leading axis of length ``length``; it returns ``(x, None)``.
         length: number of blocks.
-        unroll: how many blocks are compiled, one after the other, as the body of a loop; ``length`` leaves no loop.
+        scan: True compiles one block and loops over it, False compiles all of them. None is True, except on TPUs:
+            ``benchmarks/scan.py`` compares the forms.
 
     Returns:
         The class, with the attributes of ``block``; its modules return ``(x, None)``.
     """
+    if scan is None:
+        scan = jax.default_backend() != "tpu"
     return nn.scan(
         block,
         variable_axes={True: 0},
         split_rngs={True: True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=length,
-        unroll=unroll,
+        unroll=1 if scan else length,
     )
 
 

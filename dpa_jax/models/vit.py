@@ -66,8 +66,8 @@ class ViT(ImageModel):
         mlp_ratio: width of the MLPs in units of D.
         dropout: rate after embeddings, attention projections and MLP layers.
         stochastic_depth: drop rate of the last block's branches; linear from 0 at the first.
-        scan: whether the blocks are compiled as one loop or one by one. Variables, random draws and results are the
-            same.
+        scan: whether the blocks are compiled as a loop or one by one, with the same variables, random draws and
+            results; None decides by the device (`dpa_jax.models.layers.repeat`).
 
     Raises:
         ValueError: for sizes that do not divide and for images of another shape.
@@ -81,7 +81,7 @@ class ViT(ImageModel):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     stochastic_depth: float = 0.0
-    scan: bool = True
+    scan: bool | None = None
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -114,7 +114,7 @@ class ViT(ImageModel):
         x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.param("position_embedding", normal_init, (1, *x.shape[1:])).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        blocks = repeat(Block, self.depth, unroll=1 if self.scan else self.depth)(
+        blocks = repeat(Block, self.depth, self.scan)(
             num_heads=self.num_heads,
             hidden_dim=int(self.embed_dim * self.mlp_ratio),
             activation=self.activation,

@@ -1,5 +1,6 @@
 """ViT against the authors' program, its sizes, its initialisation and its options."""
 
+import contextlib
 import functools
 import json
 
@@ -238,7 +239,7 @@ def test_padded_samples_of_an_evaluation_change_nothing():
     memory = jax.tree.map(lambda leaf: leaf - (leaf.dtype == jnp.float32), variables["forward_memory"])
     backward = jax.tree.map(lambda leaf: leaf - 1, variables["backward_memory"])
     variables = {**variables, "forward_memory": memory, "backward_memory": backward}
-    evaluate = jax.jit(make_eval_step(model, lambda images: images))
+    evaluate = jax.jit(make_eval_step(model, lambda batch: batch.inputs))
     zeros = jnp.zeros(8, jnp.int32)
     padded = evaluate(variables, Batch(images, jnp.where(jnp.arange(8) < 5, labels, -1), zeros, zeros))
     few = evaluate(variables, Batch(images[:5], labels[:5], zeros[:5], zeros[:5]))
@@ -260,22 +261,26 @@ class AllMechanisms(nn.Module):
 
 
 def test_scanned_and_unrolled_blocks_are_the_same_model():
-    """Initialisation and two steps, with dropout and stochastic depth; both go on from the scanned form's state."""
+    """Initialisation and two steps, with dropout and stochastic depth; both go on from the scanned form's state.
+
+    The scanned form has its labels from `supervise`.
+    """
     options = {"activation": AllMechanisms, "arr": True, "dropout": 0.2, "stochastic_depth": 0.5}
-    models = [small(**options), small(**options, scan=False)]
+    models = [small(**options, scan=True), small(**options, scan=False)]
     images = jax.random.normal(jax.random.key(1), (12, 8, 8, 3))
     labels = jnp.arange(12) % 5
 
     def step(model, variables, key):
         def loss_fn(params, backward_memory):
-            logits, mutated = model.apply(
-                {**variables, "params": params, "backward_memory": backward_memory},
-                images,
-                labels,
-                train=True,
-                mutable=dpa_jax.MUTABLE,
-                rngs={"dropout": key},
-            )
+            with dpa_jax.supervise(labels, train=True) if model.scan else contextlib.nullcontext():
+                logits, mutated = model.apply(
+                    {**variables, "params": params, "backward_memory": backward_memory},
+                    images,
+                    None if model.scan else labels,
+                    train=True,
+                    mutable=dpa_jax.MUTABLE,
+                    rngs={"dropout": key},
+                )
             penalties = dpa_jax.penalties(mutated)
             memories = {name: tree for name, tree in mutated.items() if name in variables}
             entropies = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -307,7 +312,7 @@ def test_a_scan_is_a_loop_and_an_unrolled_one_is_none():
         loss = jax.grad(lambda variables, images: jnp.sum(model.apply(variables, images, train=True)))
         return jax.jit(loss).lower(variables, model.example_inputs).as_text().count("stablehlo.while")
 
-    assert loops(small(depth=3)) == 2  # one there and one back
+    assert loops(small(depth=3, scan=True)) == 2  # one there and one back
     assert loops(small(depth=3, scan=False)) == 0
 
 
@@ -363,7 +368,8 @@ def test_a_registered_model_is_known_by_name_and_takes_its_options(monkeypatch):
     [
         ({"patch_size": 3}, "patch_size 3 does not divide image_size 8"),
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 12"),
-        ({"widht": 3}, r"an option must be one of .*; got 'widht'"),
+        ({"widht": 3}, r"a key of options must be one of .*; got 'widht'"),
+        ({"depth": 2.5}, "options.depth must be of type int; got 2.5"),
         ({"embed_dims": 3}, "Did you mean 'embed_dim'"),
         ({"depth": 0}, "depth must be at least 1; got 0"),
     ],
