@@ -14,7 +14,7 @@ import types
 import numpy as np
 import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ml_collections") is not None, reason="the extra train is installed"
@@ -29,10 +29,16 @@ def ten_clusters():
     return types.SimpleNamespace(data=data, target=target)
 
 
+def test_it_is_the_installed_package():
+    import dpa_jax
+
+    assert not pathlib.Path(dpa_jax.__file__).is_relative_to(ROOT)
+
+
 def test_the_example_of_the_readme_learns(monkeypatch, capsys):
     for name in ("sklearn", "sklearn.datasets"):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(load_digits=ten_clusters))
-    (example, *_) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (example, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
     (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) > 0.8
