@@ -8,7 +8,6 @@ import sys
 # What `pip install 'dpa_jax[train]'` brings, by the names under which it is imported.
 TRAIN = (
     "etils",
-    "grain",
     "importlib_resources",
     "matplotlib",
     "ml_collections",

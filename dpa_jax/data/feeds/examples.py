@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -53,9 +53,9 @@ class Examples(abc.ABC):
 
     split: EncodedSplit
 
-    def read(self, positions: np.ndarray) -> Rows:
-        """The rows at these positions, int [R]."""
-        images, *numbers, corrupt = zip(*(self.at(int(position)) for position in positions), strict=True)
+    def read(self, positions: np.ndarray, each: Callable[..., Iterable[Row]] = map) -> Rows:
+        """The rows at these positions, int [R]; `each` is `map`, or that of a pool of threads."""
+        images, *numbers, corrupt = zip(*each(self.at, positions.tolist()), strict=True)
         label, index, epoch = (np.array(column, np.int32) for column in numbers)
         return Rows(np.stack(images), label, index, epoch, np.array(corrupt))
 

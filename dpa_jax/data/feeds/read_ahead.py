@@ -30,7 +30,7 @@ def read_ahead(examples: Examples, batches: Iterable[np.ndarray], workers: int) 
     Args:
       examples: says what is at a position; it is sent to each worker process once.
       batches: the positions of each batch, int [R].
-      workers: how many processes read; 0: threads of this process, one a core.
+      workers: how many processes read, each with two threads; 0: two threads a core in this process.
 
     Yields:
       The rows of each batch. Close the iterator to end the threads or processes.
@@ -41,12 +41,13 @@ def read_ahead(examples: Examples, batches: Iterable[np.ndarray], workers: int) 
       BrokenProcessPool: a worker process was killed.
     """
     pool: Executor
+    size = workers or 2 * (os.cpu_count() or 1)
     if workers:
         context = multiprocessing.get_context("spawn")
         theirs, ours = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(workers, context, _start, (examples, theirs))
+        pool = ProcessPoolExecutor(size, context, _start, (examples, theirs))
     else:
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor(size)
 
     def submit(positions: np.ndarray) -> Future[Rows]:
         if not workers:
@@ -62,7 +63,7 @@ def read_ahead(examples: Examples, batches: Iterable[np.ndarray], workers: int) 
     waiting: collections.deque[list[Future[Rows]]] = collections.deque()
     try:
         for positions in batches:
-            parts = max(math.ceil(len(positions) / _CHUNK), min(workers or os.cpu_count() or 1, len(positions)))
+            parts = max(math.ceil(len(positions) / _CHUNK), min(size, len(positions)))
             waiting.append([submit(part) for part in np.array_split(positions, parts)])
             if len(waiting) > _AHEAD:
                 yield _joined(waiting.popleft())
@@ -82,6 +83,7 @@ def _joined(parts: list[Future[Rows]]) -> Rows:
 # ---------------- In a worker process ----------------
 
 _examples: Examples
+_threads = ThreadPoolExecutor(2)  # one decodes while the other waits for the disk
 
 
 def _start(examples: Examples, lifeline: Connection) -> None:
@@ -97,4 +99,4 @@ def _end_with(lifeline: Connection) -> None:
 
 
 def _read(positions: np.ndarray) -> Rows:
-    return _examples.read(positions)
+    return _examples.read(positions, _threads.map)
