@@ -13,17 +13,7 @@ import jax.numpy as jnp
 from dpa_jax.activations import ARR
 from dpa_jax.activations import activation as make_activation
 from dpa_jax.checks import check_range
-from dpa_jax.models.layers import (
-    Attention,
-    Dense,
-    ImageModel,
-    LayerNorm,
-    Mlp,
-    drop_path,
-    normal_init,
-    repeat,
-    uniform_conv,
-)
+from dpa_jax.models import layers
 
 
 class Block(nn.Module):
@@ -41,18 +31,18 @@ class Block(nn.Module):
         self, x: jax.Array, drop_rate: jax.Array | None, labels: jax.Array | None, train: bool
     ) -> tuple[jax.Array, None]:
         """[B, N, D] -> [B, N, D], as `repeat` wants it."""
-        attention = Attention(self.num_heads, self.dropout, self.dtype, name="attention")
-        mlp = Mlp(self.hidden_dim, self.activation, "token", self.dropout, self.dtype, name="mlp")
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = x + drop_path(self, attention(y, train), drop_rate, train)
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        x = x + drop_path(self, mlp(y, labels, train), drop_rate, train)
+        attention = layers.Attention(self.num_heads, self.dropout, self.dtype, name="attention")
+        mlp = layers.Mlp(self.hidden_dim, self.activation, "token", self.dropout, self.dtype, name="mlp")
+        y = layers.LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x = x + layers.drop_path(self, attention(y, train), drop_rate, train)
+        y = layers.LayerNorm(dtype=self.dtype, name="norm2")(x)
+        x = x + layers.drop_path(self, mlp(y, labels, train), drop_rate, train)
         if self.arr:
             x = self.arr(name="arr")(x, labels, train, pool="token")
         return x, None
 
 
-class ViT(ImageModel):
+class ViT(layers.ImageModel):
     """A Vision Transformer with a class token, learned positions and a linear head.
 
     The variables of all blocks are stacked under ``blocks``, with a leading axis of length ``depth``.
@@ -104,7 +94,7 @@ class ViT(ImageModel):
             Logits [B, K] float32.
         """
         self.check_images(images)
-        embed = functools.partial(uniform_conv, self.embed_dim, self.in_channels, self.patch_size)
+        embed = functools.partial(layers.uniform_conv, self.embed_dim, self.in_channels, self.patch_size)
         x = embed(strides=self.patch_size, padding="VALID", dtype=self.dtype, name="patch_embed")(
             images.astype(self.dtype)
         )
@@ -112,9 +102,9 @@ class ViT(ImageModel):
         class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim))
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + self.param("position_embedding", normal_init, (1, *x.shape[1:])).astype(self.dtype)
+        x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:])).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        blocks = repeat(Block, self.depth, self.scan)(
+        blocks = layers.repeat(Block, self.depth, self.scan)(
             num_heads=self.num_heads,
             hidden_dim=int(self.embed_dim * self.mlp_ratio),
             activation=self.activation,
@@ -125,8 +115,8 @@ class ViT(ImageModel):
         )
         drop_rates = jnp.linspace(0.0, self.stochastic_depth, self.depth) if self.stochastic_depth else None
         x, _ = blocks(x, drop_rates, labels, train)
-        x = LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])
-        return Dense(self.num_classes, name="head")(x.astype(jnp.float32))
+        x = layers.LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])
+        return layers.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
 
     torch_names: ClassVar[Mapping[str, str]] = {
         "class_token": "cls_token",

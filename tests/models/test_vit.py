@@ -14,7 +14,7 @@ import pytest
 import dpa_jax
 from dpa_jax.config import default_config
 from dpa_jax.data.batch import Batch
-from dpa_jax.models import vit
+from dpa_jax.models import layers
 from dpa_jax.training.optimizer import make_optimizer
 from dpa_jax.training.state import create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -201,7 +201,7 @@ def test_stochastic_depth_rises_linearly_from_zero(depth, monkeypatch):
         module.sow("rates", "rate", rate)
         return x
 
-    monkeypatch.setattr(vit, "drop_path", drop_path)
+    monkeypatch.setattr(layers, "drop_path", drop_path)
     model = small(depth=depth, stochastic_depth=0.1)
     rates = initial(model)["rates"]["blocks"]["rate"]
     np.testing.assert_allclose(rates, [np.linspace(0, 0.1, depth)] * 2, rtol=1e-6)
