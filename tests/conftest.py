@@ -23,6 +23,14 @@ def _eight_devices() -> None:
     assert jax.device_count() == 8
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+    """For the tests of a module that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """golden(name) -> the arrays that the authors' program computed, {entry: numpy array}."""

@@ -29,6 +29,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 from dpa_jax.config import default_config
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 def get_config():
     config = default_config()
     config.model_options = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
@@ -108,13 +110,6 @@ def finished(start, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def records(workdir):
     """{run: its records without the figures that no two runs have in common}."""
     found = {}
@@ -129,7 +124,7 @@ def records(workdir):
 # ---------------- The same runs as train.py's ----------------
 
 
-def test_a_member_is_the_single_run_with_its_seed(quick_to_compile):
+def test_a_member_is_the_single_run_with_its_seed():
     config = small(mechanism="dpa", seed=5)
     config.model_options.update(dropout=0.1, arr=True)  # every kind of memory
     single = build(config, jax.devices()[:1])
@@ -154,7 +149,7 @@ def test_a_member_is_the_single_run_with_its_seed(quick_to_compile):
         assert not np.allclose(metrics["loss"][0], wanted["loss"], atol=1e-4)
 
 
-def test_the_records_are_those_of_a_single_run(quick_to_compile, finished, tmp_path):
+def test_the_records_are_those_of_a_single_run(finished, tmp_path):
     config = small(seed=1, mechanism="dpa", mechanism_options={"criterion": "union"})
     train_and_evaluate(config, tmp_path)
     wanted = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

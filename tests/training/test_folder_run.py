@@ -1,18 +1,19 @@
 """A whole run on images that are read from a folder at every step."""
 
-import importlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import imagenet100_vit, imagenet_vit
 from dpa_jax.config import default_config
 from dpa_jax.data.feeds.stream import StreamFeed
 from dpa_jax.data.images import CorruptImageError
 from dpa_jax.training.loop import train_and_evaluate
 from dpa_jax.training.run import build
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture
@@ -43,13 +44,6 @@ def config(folder):
     return config
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_a_run_on_a_folder_goes_on_as_if_never_interrupted(config, tmp_path, capsys):
     last = train_and_evaluate(config, tmp_path / "run")
     assert (last["step"], last["eval_top1"] * 10 % 1) == (6, 0)  # of 10 images, not of the 16 in the padded batches
@@ -69,17 +63,18 @@ def test_a_corrupt_image_stops_a_run_with_its_path(config, tmp_path):
 def test_a_model_of_another_size_is_refused(config):
     assert isinstance(build(config).feeds[0], StreamFeed)
     config.augment.update(image_size=12, eval_resize=0)
-    with pytest.raises(ValueError, match=r"takes images of shape \(8, 8, 3\); .* come as \(12, 12, 3\)"):
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(8, 8, 3\); .* come as \(12, 12, 3\)"):
         build(config)
 
 
-@pytest.mark.parametrize("name", ["imagenet_vit", "imagenet100_vit"])
-def test_a_dry_run_of_the_imagenet_configurations(name, folder, tmp_path):
-    config = importlib.import_module(f"configs.{name}").get_config()
+def test_a_dry_run_of_the_imagenet_configurations(folder, tmp_path):
+    config, config100 = imagenet_vit.get_config(), imagenet100_vit.get_config()
+    config100.data.name = "imagenet"
+    assert config100.to_dict() == config.to_dict()
     config.update(batch_size=8, eval_batch_size=8, epochs=1)
     config.data.update(dir=str(folder), workers=0)
     config.schedule.update(warmup_epochs=0, min_learning_rate=0.0)
-    config.model_options.depth = 2
+    config.model_options.update(embed_dim=48, depth=2, num_heads=3)
     last = train_and_evaluate(config, tmp_path / "run")
     assert last["step"] == 3 and last["eval_top1"] * 10 % 1 == 0
     assert {"loss_channel", "masked_fraction"} <= last.keys()

@@ -20,13 +20,7 @@ from dpa_jax.training.run import build
 from dpa_jax.training.state import create_model
 from tests.helpers import tiny_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-    """These tests compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def run_steps(run, steps):
@@ -194,13 +188,13 @@ def test_label_smoothing():
 
 @pytest.mark.parametrize(("optimizer", "schedule"), list(zip(OPTIMIZERS, SCHEDULES, strict=True)))
 def test_every_optimizer_and_every_schedule_learns(optimizer, schedule):
-    config = tiny_config(mechanism="gelu", optimizer__name=optimizer, schedule__name=schedule, epochs=4)
+    # A batch is the whole split: batches without replacement raise each other's loss more than SGD lowers it so soon.
+    config = tiny_config(mechanism="gelu", optimizer__name=optimizer, schedule__name=schedule, batch_size=48, epochs=24)
     config.model_options.patch_size = 8
-    config.schedule.update(warmup_epochs=1, step_epochs=2, milestones=(2,))
+    config.schedule.update(warmup_epochs=2, step_epochs=10, milestones=(16,))
     config.optimizer.learning_rate = {"sgd": 0.05, "rmsprop": 0.001}.get(optimizer, 0.01)
     _, seen = run_steps(build(config, jax.devices()[:1]), 24)
-    losses = [metrics["loss"] for metrics in seen]
-    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+    assert seen[-1]["loss"] < seen[0]["loss"] - 0.02
 
 
 @pytest.mark.parametrize(("optimizer", "schedule"), list(itertools.product(OPTIMIZERS, SCHEDULES)))

@@ -16,7 +16,7 @@ COEFFICIENTS = {"channel": 5.0}
 
 
 class Mlp(nn.Module):
-    image_shape = (4, 4, 3)
+    example_inputs = jax.ShapeDtypeStruct((1, 4, 4, 3), np.float32)
 
     @nn.compact
     def __call__(self, x, labels=None, train=False):
