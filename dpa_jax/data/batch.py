@@ -57,13 +57,8 @@ class ArraySpec:
     shape: tuple[int | None, ...]
     dtype: np.dtype
 
-    def accepts(self, shape: tuple[int, ...], dtype: np.dtype) -> bool:
-        """Whether an array of this shape and dtype is as the spec says."""
-        same = len(shape) == len(self.shape) and all(b in (None, a) for a, b in zip(shape, self.shape, strict=True))
-        return same and dtype == self.dtype
-
     def __str__(self) -> str:
-        return f"{np.dtype(self.dtype)} [{', '.join('any' if side is None else str(side) for side in self.shape)}]"
+        return f"{np.dtype(self.dtype)} [{', '.join(map(str, self.shape))}]"
 
 
 class Transforms(NamedTuple):

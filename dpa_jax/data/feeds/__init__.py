@@ -20,11 +20,11 @@ def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, t
     """The feed of a source's training or held-out split: from memory, or one that reads images at every step.
 
     Nothing is loaded, decoded or put on a device yet; of images in files the headers may be read, to find out whether
-    all are of one size. The mesh's devices need not be there.
+    all are of one size.
 
     Args:
       source: where the examples come from.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over.
+      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
       config: a run's configuration; `seed`, `augment` and of `data` `resident`, `corrupt` and `workers` count.
       training: whether it feeds the training split; what is done about corrupt images depends on it.
@@ -41,15 +41,4 @@ def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, t
         from dpa_jax.data.feeds.stream import make_image_feed
 
         return make_image_feed(source, mesh, batch_size, config, training)
-
-    examples = source.spec.train_examples if training else source.spec.test_examples
-    return MemoryFeed(
-        source.spec,
-        examples,
-        source.spec.inputs,
-        lambda: source.load()[0 if training else 1],
-        mesh,
-        batch_size,
-        config.seed,
-        config.data.resident,
-    )
+    return MemoryFeed(source, mesh, batch_size, config, training)

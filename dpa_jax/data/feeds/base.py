@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch, Spec
+from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds.sampler import Sampler
+from dpa_jax.data.sources import Source
 
 _CPU_BYTES = 2 * 2**30
 
@@ -23,24 +24,33 @@ class BaseFeed(abc.ABC):
     """Batches of one split on the devices of a mesh; nothing is read or put there before it is needed.
 
     Args:
-      spec: the data set's.
-      num_examples: the size of the split.
-      inputs: a pytree of ArraySpec, one example as it is in a batch.
+      source: where the examples come from.
       mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
-      seed: of the order of training examples.
+      config: a run's configuration.
+      training: whether it feeds the training split or the held-out one.
+      inputs: a pytree of ArraySpec, one example as it is in a batch; None: as the source has it.
 
     Raises:
       ValueError: the batch size does not divide.
     """
 
-    def __init__(self, spec: Spec, num_examples: int, inputs: Any, mesh: Mesh, batch_size: int, seed: int):
+    def __init__(
+        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: Any = None
+    ):
         """See the class."""
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}")
-        self.spec, self.num_examples, self.inputs = spec, num_examples, inputs
-        self.mesh, self.batch_size, self.seed = mesh, batch_size, seed
+        self.spec, self.mesh, self.batch_size, self.seed = source.spec, mesh, batch_size, config.seed
+        self.num_examples = self.spec.train_examples if training else self.spec.test_examples
+        self.inputs = self.spec.inputs if inputs is None else inputs
+        self._open = lambda: source.load()[0 if training else 1]
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
+
+    @property
+    def split(self) -> Any:
+        """The examples, which are read now if they were not."""
+        return self._open()
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -69,9 +79,9 @@ class BaseFeed(abc.ABC):
     def close(self) -> None:  # noqa: B027
         """Ends the threads or processes that read ahead for training, where there are any."""
 
-    @abc.abstractmethod
     def load(self) -> None:
         """Reads what is read once, and puts on the devices what stays there; does nothing the second time."""
+        self._open()
 
     @abc.abstractmethod
     def train(self, step: int) -> Batch:

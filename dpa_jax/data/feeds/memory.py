@@ -4,60 +4,48 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch, Spec
+from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds.base import BaseFeed, fits, put
+from dpa_jax.data.sources import Source
 from dpa_jax.data.splits import ArraySplit
 
 
 class MemoryFeed(BaseFeed):
-    """Batches of examples that are in memory.
+    """Batches of examples that are in memory; arguments and errors are those of `BaseFeed`.
 
-    Args:
-      spec: the data set's.
-      num_examples: the size of the split.
-      inputs: a pytree of ArraySpec without None, one example.
-      read: () -> the split; called once, when it is needed.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
-      batch_size: the global batch size, a multiple of the mesh's devices.
-      seed: of the order of training examples.
-      resident: where the examples wait: "device" (put there once, whole on every device; a batch is a gather),
-        "host" (a batch is sent at every step), or "auto": "device" where they take at most a quarter of a device's
-        memory, or 2 GiB of the host's on CPU.
-
-    Raises:
-      ValueError: the batch size does not divide.
+    They wait where `config.data.resident` says: "device" (put there once, whole on every device; a batch is a gather),
+    "host" (a batch is sent at every step), or "auto": "device" where they take at most a quarter of a device's memory,
+    or 2 GiB of the host's on CPU.
     """
 
     def __init__(
-        self,
-        spec: Spec,
-        num_examples: int,
-        inputs: Any,
-        read: Callable[[], ArraySplit],
-        mesh: Mesh,
-        batch_size: int,
-        seed: int,
-        resident: str = "auto",
+        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: Any = None
     ):
         """See the class."""
-        super().__init__(spec, num_examples, inputs, mesh, batch_size, seed)
-        if resident == "auto":
-            size = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in jax.tree.leaves(inputs))
-            resident = "device" if fits(num_examples * size, mesh) else "host"
-        self.resident = resident
-        # Shared by the feeds that `reordered` makes of this one.
-        self._stored = functools.cache(lambda: self._store(read()))
+        super().__init__(source, mesh, batch_size, config, training, inputs)
+        self.resident = config.data.resident
+        if self.resident == "auto":
+            leaves = jax.tree.leaves(self.inputs)
+            size = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in leaves)
+            self.resident = "device" if fits(self.num_examples * size, mesh) else "host"
+        # Once for all feeds that `reordered` makes of this one.
+        self._stored = functools.cache(self._store)
         self._gather = jax.jit(_gather, out_shardings=self._sharded)
 
-    def _store(self, split: ArraySplit) -> tuple[ArraySplit, Any]:
-        """The split, and where it is resident on the devices its inputs there."""
+    def _read(self) -> ArraySplit:
+        return self._open()
+
+    def _store(self) -> tuple[ArraySplit, Any]:
+        """The split and, where it is resident on the devices, its inputs there."""
+        split = self._read()
         if self.resident == "host":
             return split, None
         everywhere = NamedSharding(self.mesh, PartitionSpec())

@@ -10,8 +10,8 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, Self, cast
+from collections.abc import Generator, Iterator
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -24,65 +24,54 @@ from dpa_jax.data.feeds.examples import EvalExamples, Rows, TrainExamples, decod
 from dpa_jax.data.feeds.host_crop import EvalCrop, TrainCrop
 from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.feeds.read_ahead import read_ahead
-from dpa_jax.data.images import EncodedSplit, ImageSpec
 from dpa_jax.data.sources import Source
 from dpa_jax.data.splits import ArraySplit
 
 
 def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
     """The feed for images that are stored encoded; arguments and errors are those of `make_feed`."""
-    spec, resident = cast(ImageSpec, source.spec), config.data.resident
+    spec, resident = source.spec, config.data.resident
     examples = spec.train_examples if training else spec.test_examples
-
-    def split() -> EncodedSplit:
-        return source.load()[0 if training else 1]
-
-    def read() -> ArraySplit:
-        return decode_all(split(), config.data.corrupt == "replace", training)
-
     # An image has a pixel at least: what cannot fit is not even opened.
-    if resident == "device" or (resident == "auto" and fits(examples * spec.channels, mesh)):
-        shapes = shapes_of(split())
+    if resident == "device" or (resident == "auto" and fits(examples * spec.inputs.shape[-1], mesh)):
+        shapes = shapes_of(source.load()[0 if training else 1])
         _, shape = next(shapes)
         size = examples * math.prod(shape)
         if resident == "device" or (fits(size, mesh) and all(other == shape for _, other in shapes)):
             inputs = ArraySpec(shape, spec.inputs.dtype)
-            return MemoryFeed(spec, examples, inputs, read, mesh, batch_size, config.seed, resident)
-    return StreamFeed(spec, examples, split, mesh, batch_size, config, training)
+            return DecodedFeed(source, mesh, batch_size, config, training, inputs)
+    return StreamFeed(source, mesh, batch_size, config, training)
+
+
+class DecodedFeed(MemoryFeed):
+    """Batches of images of one size that are decoded once; arguments are those of `BaseFeed`."""
+
+    def __init__(
+        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: ArraySpec
+    ):
+        """See the class."""
+        super().__init__(source, mesh, batch_size, config, training, inputs)
+        self._decode = functools.partial(decode_all, replace=config.data.corrupt == "replace", training=training)
+
+    def _read(self) -> ArraySplit:
+        return self._decode(self._open())
 
 
 class StreamFeed(BaseFeed):
-    """Batches of images that are read at every step, a little ahead of it.
+    """Batches of images that are read at every step, a little ahead of it; arguments are those of `BaseFeed`.
 
-    Args:
-      spec: the data set's.
-      num_examples: the size of the split.
-      split: () -> the split.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over; a process reads what its own devices get.
-      batch_size: the global batch size, a multiple of the mesh's devices.
-      config: a run's configuration. Images are cut to `augment.image_size` as `TrainCrop` and `EvalCrop` say, in
-        `data.workers` processes, or in threads of this one; the devices do the rest of `augment`.
-      training: whether the images are for training.
+    A process reads what its own devices get. Images are cut to `augment.image_size` as `TrainCrop` and `EvalCrop` say,
+    in `data.workers` processes, or in threads of this one; the devices do the rest of `augment`.
 
     Raises:
       ValueError: the batch size does not divide, or `augment` asks for what images of any size cannot have.
     """
 
-    def __init__(
-        self,
-        spec: ImageSpec,
-        num_examples: int,
-        split: Callable[[], EncodedSplit],
-        mesh: Mesh,
-        batch_size: int,
-        config: ConfigDict,
-        training: bool,
-    ):
+    def __init__(self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool):
         """See the class."""
-        size = config.augment.image_size
-        inputs = ArraySpec((size, size, spec.channels), spec.inputs.dtype)
-        super().__init__(spec, num_examples, inputs, mesh, batch_size, config.seed)
-        self._open = split
+        size, stored = config.augment.image_size, source.spec.inputs
+        inputs = ArraySpec((size, size, stored.shape[-1]), stored.dtype)
+        super().__init__(source, mesh, batch_size, config, training, inputs)
         self._crop: Any = (TrainCrop if training else EvalCrop).from_config(config.augment)
         self._replace, self._workers = config.data.corrupt == "replace", config.data.workers
         self._stream: Generator[Rows, None, None] | None = None
@@ -93,15 +82,6 @@ class StreamFeed(BaseFeed):
         """The rows of a batch that this process's devices get, int [R], rising."""
         own = self._sharded.addressable_devices_indices_map((self.batch_size,)).values()
         return np.sort(np.concatenate([np.arange(self.batch_size)[where] for where in own]))
-
-    def load(self) -> None:
-        """Opens the split; images are read at every step."""
-        self._open()
-
-    @property
-    def split(self) -> EncodedSplit:
-        """The images, which are opened now if they were not."""
-        return self._open()
 
     def left_to_do(self, augment: ConfigDict) -> ConfigDict:
         """All but the cuts."""

@@ -1,7 +1,7 @@
-"""The CIFAR archives: finding, downloading, extracting and reading them, none of it on trust.
+"""CIFAR-10 and CIFAR-100: finding, downloading, extracting and reading the published archives.
 
-Every file is compared with its published MD5 sum, extraction admits plain files only, and the pickles inside
-are read by an unpickler that knows numpy arrays and nothing else.
+Nothing is trusted: every file is compared with its published MD5 sum, only plain files are extracted, and the pickles
+inside are read by an unpickler that builds NumPy arrays and nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tarfile
 import tempfile
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -138,12 +138,12 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split
     """
     places = [directory] if directory else ["data", "~/data", "~/tensorflow_datasets"]
     roots = [pathlib.Path(place).expanduser() for place in places]
-    if folder := _find_folder(archive, roots):
+    if folder := _find(roots, archive.folder, lambda path: not _first_missing(archive, path)):
         return _read_folder(archive, folder)
-    if packed := _find_file(archive, roots):
+    if packed := _find(roots, archive.filename, pathlib.Path.is_file):
         return _read_folder(archive, extract(archive, packed))
     if folder := prepared.find(archive.name, roots):
-        return prepared.Prepared(folder).read()
+        return prepared.open_prepared(archive.name, archive.name, folder).load()
     if download:
         return _read_folder(archive, extract(archive, fetch(archive, roots[0])))
     looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
@@ -257,25 +257,13 @@ def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[ArraySplit, Ar
     return split(archive.train), split(archive.test)
 
 
-def _find_folder(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
+def _find(roots: Iterable[pathlib.Path], name: str, is_it: Callable[[pathlib.Path], bool]) -> pathlib.Path | None:
+    """The first of the roots themselves and of what has this name in them, or one level further down, that is it."""
     for root in roots:
-        for folder in (root, *_nearby(root, archive.folder)):
-            if not _first_missing(archive, folder):
-                return folder
+        for path in (root, root / name, *sorted(root.glob(f"*/{name}"))):
+            if is_it(path):
+                return path
     return None
-
-
-def _find_file(archive: Archive, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
-    for root in roots:
-        for file in (root, *_nearby(root, archive.filename)):
-            if file.is_file():
-                return file
-    return None
-
-
-def _nearby(root: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    yield root / name
-    yield from sorted(root.glob(f"*/{name}"))
 
 
 def _first_missing(archive: Archive, folder: pathlib.Path) -> str | None:
@@ -283,11 +271,7 @@ def _first_missing(archive: Archive, folder: pathlib.Path) -> str | None:
 
 
 def _check_sum(path: pathlib.Path, expected: str, what: str, remedy: str) -> None:
-    found = _md5(path.open("rb"))
-    if found != expected:
-        raise ValueError(f"{what} has the MD5 sum {found}, not the published {expected}: {remedy}")
-
-
-def _md5(file: IO[bytes]) -> str:
-    with file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()  # type: ignore
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))  # type: ignore
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{what} has the MD5 sum {digest.hexdigest()}, not the published {expected}: {remedy}")

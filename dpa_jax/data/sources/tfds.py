@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dpa_jax.data.images import STATISTICS, EncodedSplit, decode, image_spec
 from dpa_jax.data.sources import cache
 from dpa_jax.data.sources.base import Source
-from dpa_jax.data.splits import ArraySplit, Split
+from dpa_jax.data.splits import ArraySplit
 
 _FORMAT = "array_record"
 _IN_MEMORY = 2 * 2**30  # bytes of all images of a set that are decoded at the start
@@ -80,57 +80,6 @@ class PreparedSplit(EncodedSplit):
         return self._features.deserialize_example_np(self._records[i], decoders={"image": tfds.decode.SkipDecoding()})
 
 
-class Prepared:
-    """A prepared set of images with a class each; its images wait in memory where they take at most 2 GiB.
-
-    Args:
-      folder: of its version, as `find` gives it.
-
-    Attributes:
-      shape: of its images; a side that differs is None. Of more than one channel they become RGB.
-      class_names: in the order of the labels.
-      train: the training split.
-      test: the held-out split: `test`, or `validation` where that has no labels.
-      encoded: whether the images stay encoded until they are read.
-
-    Raises:
-      ValueError: it is no set of images with a class each, or lacks one of the two splits.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        """See the class."""
-        import tensorflow_datasets as tfds
-
-        folder = folder.absolute()
-        info = tfds.builder_from_directory(folder).info
-        features = dict(info.features.items())
-        image, label = features.get("image"), features.get("label")
-        if (
-            not isinstance(image, tfds.features.Image)
-            or not isinstance(label, tfds.features.ClassLabel)
-            or image.np_dtype != np.uint8
-        ):
-            raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
-        held_out = (PreparedSplit(folder, name) for name in ("test", "validation") if name in info.splits)
-        test = next((split for split in held_out if split.label(0) >= 0), None)
-        if "train" not in info.splits or test is None:
-            raise ValueError(
-                f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
-            )
-        self.train, self.test, self.class_names = PreparedSplit(folder, "train"), test, tuple(label.names)
-        self.shape = (*image.shape[:2], 1 if image.shape[2] == 1 else 3)
-        examples = len(self.train) + len(test)
-        self.encoded = None in image.shape or examples * math.prod(image.shape) > _IN_MEMORY
-        if self.encoded:
-            self.shape = (*image.shape[:2], 3)
-
-    def read(self) -> tuple[Split, Split]:
-        """The two splits; CorruptImageError where the images are decoded now and one cannot be."""
-        if self.encoded:
-            return self.train, self.test
-        return self.train.decoded(self.shape), self.test.decoded(self.shape)
-
-
 def open_tfds(data: ConfigDict) -> Source:
     """The set that TFDS calls NAME, for `data.name` "tfds:NAME".
 
@@ -140,24 +89,55 @@ def open_tfds(data: ConfigDict) -> Source:
 
     Raises:
       FileNotFoundError: it is not there; the message says how to prepare it.
-      ValueError: as `find` and `Prepared` do.
+      ValueError: as `find` and `open_prepared` do.
     """
     name = data.name.partition(":")[2]
-    prepared = Prepared(_prepare(name, data.dir, data.download))
-    mean, std = STATISTICS.get(name, STATISTICS["imagenet"])
-    if prepared.shape[-1] == 1:
+    return open_prepared(data.name, name, _prepare(name, data.dir, data.download))
+
+
+def open_prepared(name: str, statistics: str, folder: pathlib.Path) -> Source:
+    """A prepared set of images with a class each; they wait in memory, decoded, where they take at most 2 GiB.
+
+    The held-out split is `test`, or `validation` where that has no labels.
+
+    Args:
+      name: what the source is called.
+      statistics: whose mean and standard deviation are taken, ImageNet's where it is not in `STATISTICS`.
+      folder: of the set's version, as `find` gives it.
+
+    Raises:
+      ValueError: it is no set of images with a class each, or lacks one of the two splits.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = folder.absolute()
+    info = tfds.builder_from_directory(folder).info
+    features = dict(info.features.items())
+    image, label = features.get("image"), features.get("label")
+    if (
+        not isinstance(image, tfds.features.Image)
+        or not isinstance(label, tfds.features.ClassLabel)
+        or image.np_dtype != np.uint8
+    ):
+        raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
+    held_out = (PreparedSplit(folder, split) for split in ("test", "validation") if split in info.splits)
+    test = next((split for split in held_out if split.label(0) >= 0), None)
+    if "train" not in info.splits or test is None:
+        raise ValueError(
+            f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
+        )
+    train = PreparedSplit(folder, "train")
+    encoded = None in image.shape or (len(train) + len(test)) * math.prod(image.shape) > _IN_MEMORY
+    shape = (*image.shape[:2], 1 if image.shape[2] == 1 and not encoded else 3)
+    mean, std = STATISTICS.get(statistics, STATISTICS["imagenet"])
+    if shape[2] == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    spec = image_spec(
-        data.name,
-        prepared.shape,
-        prepared.class_names,
-        len(prepared.train),
-        len(prepared.test),
-        mean=mean,
-        std=std,
-        encoded=prepared.encoded,
+    spec = image_spec(name, shape, tuple(label.names), len(train), len(test), mean=mean, std=std, encoded=encoded)
+    return Source(
+        spec,
+        lambda: (train, test) if encoded else (train.decoded(shape), test.decoded(shape)),
+        lambda: np.bincount(train.labels, minlength=spec.num_classes),
     )
-    return Source(spec, prepared.read, lambda: np.bincount(prepared.train.labels, minlength=spec.num_classes))
 
 
 def find(name: str, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:

@@ -138,7 +138,7 @@ def test_a_label_out_of_range_is_named_with_its_place(bad):
 
 
 def test_splits_that_are_not_as_described_are_refused():
-    with pytest.raises(ValueError, match=r"examples of split 'test' are uint8 \[4, 4, 1\], not uint8 \[2, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"examples of split 'test' are uint8 \[4, 4, 1\], not uint8 \[2, 2, 1\]$"):
         source(split(), split(shape=(4, 4, 1))).load()
     with pytest.raises(ValueError, match=r"examples of split 'train' are float32 \[2, 2, 1\]"):
         source(split(dtype=np.float32), split()).load()
