@@ -6,14 +6,13 @@ from dpa_jax.activations import registry
 from dpa_jax.activations.aiec import AIEC
 from dpa_jax.activations.arr import ARR
 from dpa_jax.activations.baselines import GDN, Elementwise
-from dpa_jax.activations.dpa import DPA
+from dpa_jax.activations.dpa import DPA, threshold
 from dpa_jax.activations.mechanism import Mechanism, Variable
 from dpa_jax.activations.memory import remember_gradient
 from dpa_jax.activations.penalties import Ratio, Record, Summary, penalties, summarize
 from dpa_jax.activations.raa import RAA
 from dpa_jax.activations.registry import activation, default_coefficients, register, reset_counters
 from dpa_jax.activations.supervision import supervise
-from dpa_jax.activations.threshold import threshold
 
 __all__ = [
     "AIEC",

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
@@ -107,22 +106,9 @@ class ARR(Mechanism):
         return Summary(terms={"arr": jax.tree.map(lambda *groups: jnp.stack(groups), *ratios)})
 
 
-@struct.dataclass
-class Steps:
-    """Each sample's step of its class's row, in batch order: ``row <- keep_i * row + gain_i * value_i``.
-
-    Attributes:
-        keep: [B] float32.
-        gain: [B] float32; 1 for a class's very first sample, 0 for one that is passed over.
-    """
-
-    keep: jax.Array
-    gain: jax.Array
-
-
 def response_steps(
     labels: jax.Array, count: jax.Array, momentum: float, update_interval: int, axis_name: str | None = None
-) -> tuple[Steps, mem.UpdateWeights, jax.Array]:
+) -> tuple[tuple[jax.Array, jax.Array], mem.UpdateWeights, jax.Array]:
     """What the labels of a batch do to a memory in which a class's every ``update_interval``-th sample enters.
 
     Sample i is its class's n_i-th, counted from 0 over the whole training. It enters where n_i is a multiple of the
@@ -136,7 +122,9 @@ def response_steps(
         axis_name: the mapped axis over which the batch is spread, if any.
 
     Returns:
-        Each sample's step, the weights of the batch as a whole, and the new count [K].
+        Each sample's step of its class's row in batch order, ``row <- keep * row + gain * value``: ``keep`` and
+        ``gain``, [B] float32, of which the gain is 1 for a class's very first sample and 0 for one that is passed over;
+        the weights of the batch as a whole; the new count [K].
     """
     num_classes = count.shape[0]
     labels = mem.gather_labels(labels, axis_name)
@@ -161,7 +149,7 @@ def response_steps(
     # An unseen class's row is zero, so what is kept of it does not matter.
     kept = jnp.power(decay, (entered(new_count) - entered(count)).astype(jnp.float32))
     add = mem.weight_matrix(labels, weights, num_classes, axis_name)
-    steps = Steps(keep=mem.own_part(keep, axis_name), gain=mem.own_part(gain, axis_name))
+    steps = mem.own_part(keep, axis_name), mem.own_part(gain, axis_name)
     return steps, mem.UpdateWeights(kept, add, axis_name), new_count
 
 
@@ -170,6 +158,7 @@ def response_means(record: Record) -> jax.Array:
     seen = record.seen
     if seen["steps"] is None:
         return seen["recalled"]
-    terms = seen["steps"].gain[:, :, None] * jax.lax.stop_gradient(seen["values"])
+    keep, gain = seen["steps"]
+    terms = gain[:, :, None] * jax.lax.stop_gradient(seen["values"])
     prefix_rows = functools.partial(mem.prefix_rows, axis_name=record.settings.axis_name)
-    return jax.vmap(prefix_rows)(seen["recalled"], seen["steps"].keep, terms, seen["labels"])
+    return jax.vmap(prefix_rows)(seen["recalled"], keep, terms, seen["labels"])

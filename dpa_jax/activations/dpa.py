@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
-from dpa_jax.activations.threshold import threshold
 from dpa_jax.checks import check_choice, check_range
 
 CRITERIA = {
@@ -23,6 +22,14 @@ CRITERIA = {
     "all": lambda forward, backward: jnp.ones_like(forward),
 }
 """How the two perspectives join (Table 3): whether the class is silent forward, unwanted backward, both, ..."""
+
+
+def threshold(x: jax.Array, tau: float = 0.0) -> jax.Array:
+    """Zero where ``x < tau``, ``x`` elsewhere; the gradient follows the same rule (DPA, section 3).
+
+    Unlike ReLU it passes the gradient at ``x == tau``, the threshold in units of ``x``.
+    """
+    return jnp.where(x < tau, jnp.zeros((), x.dtype), x)
 
 
 class DPA(Mechanism):
@@ -49,20 +56,6 @@ class DPA(Mechanism):
         update, mutated = jax.grad(loss_fn, has_aux=True)(variables["backward_memory"])
         backward_memory = optax.apply_updates(variables["backward_memory"], update)
 
-    On a batch sharded under ``jit`` this is all. ``shard_map`` and ``pmap`` show a module its device's samples only;
-    ``axis_name`` gives it the others. ``shard_map`` sums gradients of replicated inputs itself: average the loss::
-
-        act = dpa_jax.DPA(num_classes=10, axis_name="data")
-
-        def loss_fn(params, backward_memory):  # with images and labels of one device
-            ...
-            loss = cross_entropy + 5.0 * dpa_jax.penalties(mutated)["channel"]
-            return jax.lax.pmean(loss, "data"), mutated
-
-        gradients, update = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, backward_memory)
-
-    ``pmap`` does not: there return the device's own loss and ``pmean`` the gradients.
-
     Variables:
         ``forward_memory``: ``mean`` [K, C] float32 and ``step`` [] int32, the training calls modulo the interval.
         ``backward_memory``: ``mean`` [K, C] float32.
@@ -78,9 +71,8 @@ class DPA(Mechanism):
         criterion: which perspectives mask a channel: ``"intersection"`` (the method), ``"union"``, ``"forward"``,
             ``"backward"`` or ``"all"`` (DPA, Table 3).
         axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
-            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other.
-            Penalties are such that their mean over the devices, and that of their gradients, is the whole batch's;
-            the backward memory's update is the same on all devices, and its mean changes nothing.
+            ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other, and
+            the mean of the penalties over the devices is the whole batch's (``docs/drop_in.md``).
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
