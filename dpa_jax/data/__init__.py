@@ -1,1 +1,1 @@
-"""Images: where they come from, which at which step, and what happens to them."""
+"""Data sets: sources, feeds that bring batches to the devices, and the augmentation of images."""

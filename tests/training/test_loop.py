@@ -259,7 +259,7 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
         ({"model_options__in_channels": 3}, r"a key of model_options must be one of"),
         ({"model_options__patch_size": 3}, r"patch_size 3 does not divide image_size 8"),
         ({"data__name": "digit"}, r"got 'digit'\. Did you mean 'digits'"),
-        ({"batch_size": 64}, r"batch_size must be between 1 and the 48 images"),
+        ({"batch_size": 64}, r"batch_size must be between 1 and the 48 examples"),
         ({"batch_size": 12}, r"batch_size must be a positive multiple of the 8 devices, not 12"),
         ({"schedule__warmup_epochs": 3}, r"warmup_epochs must be at most epochs; got 3 of 2\. .*=2\.$"),
         ({"augment__rand_augment": "rand-k3"}, r"'rand-k3' is no RandAugment policy"),

@@ -1,4 +1,4 @@
-"""What happens to images on their way into a model: on the device, inside jit, under vmap.
+"""Image augmentation on the device, for use under jit and vmap.
 
 Every random operation is a pure function of a typed key and one image [H, W, C], uint8 until it is normalised.
 A train transform is a list of `(key, image) -> image` functions; an operation is added by putting it into the list.

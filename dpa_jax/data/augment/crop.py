@@ -1,4 +1,4 @@
-"""Cuts and flips: which part of an image a model gets to see."""
+"""Crops and flips."""
 
 from __future__ import annotations
 

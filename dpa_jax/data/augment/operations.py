@@ -1,9 +1,9 @@
 """The operations of RandAugment on one image, level for level what Pillow computes.
 
-They are of three kinds: a point operation is a table of 256 levels a channel, a blend goes from another image
-through this one and beyond, a warp moves pixels. So `apply`, whose operation is known at run time only, does
-one look-up, one blend and one warp and takes one of the three: under `vmap`, where every branch is computed,
-that is a fraction of what 15 branches cost.
+There are three kinds. Point operations map each level through a table, 256 entries a channel. Blends interpolate
+between another image and this one, or extrapolate. Warps resample the image at other coordinates. `apply`, whose
+operation is known at run time only, computes one of each kind and selects a result: under `vmap`, where all branches of
+a conditional are computed, that costs a fraction of 15 branches.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ def apply_op(
       name: a key of `OPERATIONS`; the ending "Increasing", which tells how an argument follows from a
         magnitude, may be there and changes nothing here.
       image: uint8 [H, W, C] with C 1 or 3.
-      argument: a scalar, may be traced. AutoContrast, Equalize, Invert: not looked at. Posterize: bits to
-        keep, 0 leaves black. Solarize: the level from which on values are inverted. SolarizeAdd: what is added to
-        levels under 128. Color, Contrast, Brightness, Sharpness: 1 changes nothing, 0 leaves none of it. Rotate:
-        degrees, anticlockwise. ShearX, ShearY: pixels a pixel. TranslateXRel, TranslateYRel: the share of the
-        width or height.
-      resample: "bilinear" or "bicubic", for what moves pixels.
-      fill: the level, or the C levels, of what comes from outside the image.
+      argument: a scalar, may be traced. AutoContrast, Equalize, Invert: ignored. Posterize: bits to keep, 0
+        gives black. Solarize: levels from this one on are inverted. SolarizeAdd: added to levels under 128. Color,
+        Contrast, Brightness, Sharpness: the factor of the blend, 1 changes nothing. Rotate: degrees, anticlockwise.
+        ShearX, ShearY: the shear. TranslateXRel, TranslateYRel: a fraction of the width or height.
+      resample: "bilinear" or "bicubic", for warps.
+      fill: the level, or the C levels, of pixels from outside the image.
 
     Returns:
       uint8 [H, W, C].
@@ -74,7 +73,7 @@ def apply(
     Args:
       op: int32 [], an index into `OPERATIONS`, or `len(OPERATIONS)` for none of them.
       image: uint8 [H, W, C].
-      arguments: float32 [len(OPERATIONS)], what each would take; those without an argument ignore theirs.
+      arguments: float32 [len(OPERATIONS)], the argument of each operation.
       cubic: bool [], bicubic or bilinear.
       fill: as `apply_op`.
 
@@ -85,7 +84,7 @@ def apply(
     argument = dict(zip(OPERATIONS, arguments, strict=True))
     first_blend, first_warp = len(TABLES), len(TABLES) + len(BLENDS)
 
-    # Indices may run out of range here: what comes of it is of another kind than the one that is taken.
+    # Where the operation is of another kind these indices are out of range, and the result is not selected.
     tables = [function(levels, argument[name]) for name, function in TABLES.items()]
     looked_up = _look_up(jnp.stack(tables)[op], levels)
 
@@ -237,7 +236,7 @@ def _smooth(levels: jax.Array) -> jax.Array:
 
 
 def _blend(other: jax.Array, levels: jax.Array, factor: jax.Array) -> jax.Array:
-    """Where one comes to that goes from `other` (factor 0) to `levels` (factor 1) and on, rounded down."""
+    """`other + factor * (levels - other)`, rounded down and clipped to 0 .. 255."""
     # Pillow rounds the product to float32 before the sum; a floor of it alone can't be fused into one step.
     along = jnp.floor(factor * (levels - other).astype(jnp.float32)).astype(jnp.int32)
     return jnp.clip(other + along, 0, 255)
@@ -269,7 +268,7 @@ def _translate_y(share: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _warp(levels: jax.Array, matrix: jax.Array, cubic: jax.Array, fill: int | Sequence[int]) -> jax.Array:
-    """Takes every pixel from where the matrix says, interpolated, rounded down; Pillow's cubic has a = -1 here."""
+    """Resamples the image at the coordinates that the matrix gives, rounded down; Pillow's cubic has a = -1 here."""
     height, width, channels = levels.shape
     x_W, y_H = (jnp.arange(n, dtype=jnp.float32) + 0.5 for n in (width, height))
     (xx, xy, x0), (yx, yy, y0) = matrix

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dpa_jax.checks import check_choice
 from dpa_jax.data.augment.operations import OPERATIONS, RESAMPLE, apply, check_image
 
-# An operation is as strong as it gets here, but for those that go on growing where `mmax` lets them.
+# The top of timm's scale of magnitudes; with a greater `mmax` some operations exceed it.
 MAX_LEVEL = 10.0
 _SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?|(?<=mstd)inf)")
 _WHOLE = ("m", "n", "mmax", "inc")
@@ -91,7 +91,7 @@ def rand_augment(
       uint8 [H, W, C].
 
     Raises:
-      ValueError: the policy, the interpolation, the image or the fill is none.
+      ValueError: the policy, the interpolation, the image or the fill is invalid.
     """
     if isinstance(policy, str):
         policy = parse_policy(policy)

@@ -95,7 +95,7 @@ def _crop(config: ConfigDict) -> Operation:
 
 
 def eval_transform(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
-    """The treatment of test images.
+    """The preprocessing of test images.
 
     Args:
       config: the configuration's `augment` part. The shorter side is resized to `eval_resize` (bilinear), or,

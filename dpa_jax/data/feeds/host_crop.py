@@ -1,4 +1,4 @@
-"""How images of any size are cut on the host, by Pillow, to the one size that the devices get."""
+"""Crops on the host: Pillow cuts images of any size to the size that a batch has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclasses.dataclass(frozen=True)
 class TrainCrop:
-    """The cut of training images.
+    """The crop of training images.
 
     Attributes:
       size: side length of the result.
@@ -35,7 +35,7 @@ class TrainCrop:
 
     @classmethod
     def from_config(cls, augment: ConfigDict) -> TrainCrop:
-        """As the configuration's `augment` part says; ValueError where that needs images of one size."""
+        """From the configuration's `augment` part; ValueError where that needs images of one size."""
         if augment.crop == "pad":
             raise ValueError(
                 "augment.crop=pad needs images of one size in memory; for images that are read at every step take "
@@ -67,11 +67,11 @@ class TrainCrop:
 
 @dataclasses.dataclass(frozen=True)
 class EvalCrop:
-    """The cut of evaluation images: resized by the shorter side, then the middle.
+    """The crop of evaluation images: the shorter side is resized, then the middle is cut out.
 
     Attributes:
       size: side length of the result.
-      resize: what the shorter side becomes before.
+      resize: the length that the shorter side is resized to.
     """
 
     size: int
@@ -79,7 +79,7 @@ class EvalCrop:
 
     @classmethod
     def from_config(cls, augment: ConfigDict) -> EvalCrop:
-        """As the configuration's `augment` part says; ValueError where that cannot be."""
+        """From the configuration's `augment` part; ValueError where its sizes contradict each other."""
         size = _size(augment)
         if 0 < augment.eval_resize < size:
             raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Sampler:
-    """Says which image is at which place of the stream of training images.
+    """The order of the training examples: which one is at each position of the stream.
 
     Args:
       num_examples: N, the size of the split.
@@ -29,7 +29,7 @@ class Sampler:
         """See the class."""
         if not 1 <= batch_size <= num_examples:
             raise ValueError(
-                f"batch_size must be between 1 and the {num_examples} images of the split, not {batch_size}"
+                f"batch_size must be between 1 and the {num_examples} examples of the split, not {batch_size}"
             )
         if seed < 0:
             raise ValueError(f"seed must not be negative, it is {seed}")
@@ -47,7 +47,7 @@ class Sampler:
         return round(epochs * self.num_examples / self.batch_size)
 
     def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The images of a step.
+        """The examples of a step.
 
         Args:
           step: 0-based.
@@ -64,7 +64,7 @@ class Sampler:
         return index, epochs.astype(np.int32)
 
     def at(self, position: int) -> tuple[int, int]:
-        """Which image, and of which epoch, is at a 0-based place of the stream; threads may ask at once."""
+        """The example at a 0-based position of the stream, and its epoch; safe to call from several threads."""
         epoch, place = divmod(position, self.num_examples)
         with self._drawing:
             return int(self._permutation(epoch)[place]), epoch

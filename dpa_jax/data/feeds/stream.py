@@ -1,7 +1,7 @@
-"""Images that do not fit into memory: read, decoded and cut on the host while the devices are at work.
+"""Batches of encoded images: decoded once where they fit into memory, else read, decoded and cropped at every step.
 
-Which image is where in the stream, and how it is cut, follows from the seed and the step alone: not from the number of
-threads, worker processes, devices or hosts, nor from where the run was started.
+The order of the images and their crops follow from the seed and the step alone: not from the number of threads, worker
+processes, devices or hosts, nor from the step that a run was resumed at.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_steps_of_epochs_add_up():
 
 @pytest.mark.parametrize("batch_size", [0, 22])
 def test_a_batch_that_cannot_be_filled_is_refused(batch_size):
-    with pytest.raises(ValueError, match=rf"between 1 and the 21 images of the split, not {batch_size}"):
+    with pytest.raises(ValueError, match=rf"between 1 and the 21 examples of the split, not {batch_size}"):
         Sampler(21, batch_size, seed=0)
 
 
