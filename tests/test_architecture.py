@@ -68,6 +68,11 @@ def test_the_modules_import_nothing_of_the_extra():
     assert imported & set(TRAIN) <= {"etils", "importlib_resources", "orbax"}  # which flax imports itself
 
 
+def test_the_program_imports_no_jax_of_its_own():
+    """The loader's worker processes import the program anew."""
+    assert not {"jax", "ml_collections"} & set(python(LOADED.format("import dpa_jax.train")))
+
+
 def test_importing_a_module_defines_no_flag():
     names = [name for name in modules() if not name.endswith("__main__")]
     code = "from absl import flags\n" + "\n".join(f"import {name}" for name in [*names, "dpa_jax.compare.__main__"])

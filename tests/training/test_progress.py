@@ -53,7 +53,8 @@ def test_images_per_second_leave_the_compiler_out(monkeypatch):
     assert shown.images_per_second == 32.0
 
 
-def test_a_terminal_gets_a_bar_and_lines_above_it():
+def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # of whatever runs the tests
     stream = Terminal()
     shown = epoch(stream)
     shown.update(105, {"loss": 0.5, "top1": 0.875})
