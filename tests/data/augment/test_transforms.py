@@ -10,8 +10,10 @@ from PIL import Image
 from dpa_jax.config import default_config
 from dpa_jax.data import augment
 from dpa_jax.data.batch import Batch
-from dpa_jax.data.feeds.memory import Feed
-from dpa_jax.data.sources import Split
+from dpa_jax.data.feeds import make_feed
+from dpa_jax.data.images import image_spec
+from dpa_jax.data.sources import Source
+from dpa_jax.data.splits import ArraySplit
 
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -48,7 +50,7 @@ def images(*shape, seed=0) -> np.ndarray:
 def batch(examples=6, size=16, seed=0) -> Batch:
     random = np.random.default_rng(seed)
     return Batch(
-        images=jnp.asarray(images(examples, size, size, 3)),
+        inputs=jnp.asarray(images(examples, size, size, 3)),
         labels=jnp.zeros(examples, jnp.int32),
         index=jnp.asarray(random.permutation(1000)[:examples], jnp.int32),
         epoch=jnp.asarray(random.integers(0, 2, examples), jnp.int32),
@@ -256,23 +258,24 @@ def test_draws_follow_from_key_epoch_and_index_alone(name):
     order = [4, 1, 5, 0, 2, 3]
     values = np.asarray(transform(key, data))
     np.testing.assert_array_equal(transform(key, rows(data, order)), values[order])
-    np.testing.assert_array_equal(transform(key, data.replace(labels=data.labels + 3)), values)
+    np.testing.assert_array_equal(transform(key, data._replace(labels=data.labels + 3)), values)
     for other in (
         transform(jax.random.key(4), data),
-        transform(key, data.replace(epoch=data.epoch + 1)),
-        transform(key, data.replace(index=data.index + 1)),
+        transform(key, data._replace(epoch=data.epoch + 1)),
+        transform(key, data._replace(index=data.index + 1)),
     ):
         assert (np.asarray(other) != values).any(axis=(1, 2, 3)).sum() >= 5
 
 
 @pytest.mark.parametrize("name", ["pad", "resized", "whole"])
 def test_two_and_eight_devices_give_what_one_gives(name):
-    split = Split(images(30, 16, 16, 3), np.zeros(30, np.int32))
+    split = ArraySplit(images(30, 16, 16, 3), np.zeros(30, np.int32))
+    source = Source(image_spec("set", (16, 16, 3), ("a",), 30, 30), lambda: (split, split), lambda: [30])
     transform = jax.jit(augment.train_transform(RECIPES[name], MEAN, STD))
 
     def values(devices: int) -> list[np.ndarray]:
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-        feed = Feed(split, mesh, batch_size=16, seed=0)
+        feed = make_feed(source, mesh, 16, default_config(), training=True)
         return [np.asarray(transform(jax.random.key(0), feed.train(step))) for step in range(3)]
 
     for one, two, eight in zip(values(1), values(2), values(8), strict=True):
