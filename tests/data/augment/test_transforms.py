@@ -211,7 +211,7 @@ def test_normalize():
 
 @pytest.mark.parametrize("shape", [(16, 16), (9, 14)], ids=str)
 def test_transforms_without_operations_only_normalize(shape):
-    data = batch().replace(images=jnp.asarray(images(6, *shape, 3)))
+    data = batch()._replace(inputs=jnp.asarray(images(6, *shape, 3)))
     for values in (
         augment.train_transform(config(), MEAN, STD)(jax.random.key(0), data),
         augment.eval_transform(config(), MEAN, STD)(data.inputs),
