@@ -131,8 +131,7 @@ class Run:
         self.config, self.model, self.schedule = config, model, schedule
         self.seeds: tuple[int, ...] = (config.seed,)
         self.feeds, self.eval_feed = [train_feed], eval_feed
-        self._create, self._everywhere = create, everywhere
-        self._abstract_member = jax.eval_shape(lambda: create(seed=0))
+        self._everywhere, self._abstract_member = everywhere, jax.eval_shape(lambda: create(seed=0))
 
         # The number of members is that of the batches, or the length of a state's first axis: functions that are
         # compiled for a number serve other seeds as well.
@@ -157,6 +156,8 @@ class Run:
             return state.replace(model_state=reset_counters(state.model_state))
 
         jit = functools.partial(jax.jit, out_shardings=everywhere)
+        self._init = jit(lambda seed: create(seed=seed), static_argnums=0)
+        self._init_several = jit(jax.vmap(lambda seed: create(seed=seed)))
         self._step = jit(step, donate_argnums=0)
         self._eval_step = jit(eval_step)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
@@ -196,9 +197,8 @@ class Run:
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
         if len(self.seeds) == 1:
-            return jax.jit(functools.partial(self._create, seed=self.seeds[0]), out_shardings=self._everywhere)()
-        seeds = jnp.asarray(self.seeds, jnp.uint32)
-        return jax.jit(jax.vmap(lambda seed: self._create(seed=seed)), out_shardings=self._everywhere)(seeds)
+            return self._init(self.seeds[0])
+        return self._init_several(jnp.asarray(self.seeds, jnp.uint32))
 
     @property
     def abstract_state(self) -> TrainState:

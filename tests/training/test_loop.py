@@ -14,7 +14,7 @@ import sklearn.metrics
 
 from dpa_jax.config import OPTIMIZERS, SCHEDULES
 from dpa_jax.training.checkpoint import Checkpoints
-from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
+from dpa_jax.training.loop import NonFiniteError, evaluate, train, train_and_evaluate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.run import build
 from dpa_jax.training.state import create_model
@@ -62,16 +62,23 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The configuration of a run that has ended, its folder and what it returned."""
-    config, workdir = tiny_config(), tmp_path_factory.mktemp("finished")
-    return config, workdir, train_and_evaluate(config, workdir)
+def tiny_run():
+    """A run whose compiled functions serve several tests."""
+    return build(tiny_config())
 
 
 @pytest.fixture(scope="module")
-def steps_of_finished():
+def finished(tiny_run, tmp_path_factory):
+    """The configuration of a run that has ended, its folder and the last line of its record."""
+    workdir = tmp_path_factory.mktemp("finished")
+    (records,) = train(tiny_run, workdir, [workdir])
+    return tiny_run.config, workdir, records[-1]
+
+
+@pytest.fixture(scope="module")
+def steps_of_finished(tiny_run):
     """The metrics of each of that run's steps, trained again."""
-    return run_steps(build(tiny_config()), 12)[1]
+    return run_steps(tiny_run, 12)[1]
 
 
 @pytest.mark.core
@@ -152,12 +159,14 @@ def test_a_seed_reproduces_a_run_whose_figures_are_means_over_an_epoch(finished,
             assert record[key] == pytest.approx(np.mean([metrics[name] for metrics in steps]), abs=1e-6)
 
 
-def test_another_seed_gives_another_run(steps_of_finished):
-    run = build(tiny_config(seed=1))
+def test_another_seed_gives_another_run(tiny_run, steps_of_finished):
+    run = tiny_run.with_seeds((1,))
     _, seen = run_steps(run, 3)
     for metrics, others in zip(seen, steps_of_finished, strict=False):
         assert abs(metrics["loss"] - others["loss"]) > 1e-4
-    assert np.any(run.feeds[0].sampler.indices(0)[0] != build(tiny_config()).feeds[0].sampler.indices(0)[0])
+    configured = build(tiny_config(seed=1))
+    orders = [some.feeds[0].sampler.indices(0)[0] for some in (tiny_run, run, configured)]
+    assert configured.seeds == (1,) and np.array_equal(orders[1], orders[2]) and np.any(orders[0] != orders[1])
 
 
 @pytest.mark.parametrize(("mechanism", "precision"), [("dpa", "bfloat16"), ("gelu", "bfloat16"), ("relu", "float32")])
@@ -295,10 +304,11 @@ def test_activity_counters_start_anew_on_entering_evaluation(tmp_path):
 def test_no_evaluation_leaves_the_counters(tmp_path):
     config = tiny_config(mechanism="aiec", epochs=2, eval_every_epochs=2, batch_size=48)
     config.mechanism_options.update_interval = 1
-    state, _ = run_steps(build(config), 1)
+    run = build(config)
+    state, _ = run_steps(run, 1)
     (counters,) = (block["mlp"]["activation"] for block in state.model_state["activity_counters"].values())
     assert counters["total"].sum() > 4  # samples the layer has classified correctly were counted
-    train_and_evaluate(config, tmp_path)
+    train(run, tmp_path, [tmp_path])
     _, first = restore(config, tmp_path, step=1)
     (kept,) = (block["mlp"]["activation"] for block in first.model_state["activity_counters"].values())
     jax.tree.map(np.testing.assert_array_equal, kept, counters)

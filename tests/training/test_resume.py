@@ -101,6 +101,7 @@ def start(tmp_path_factory):
     config.write_text(CONFIG)
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # what is compiled runs for a few milliseconds
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
