@@ -95,14 +95,15 @@ def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
 def collectives(program: str, depth: int) -> dict[str, int]:
     """How many of each kind a step runs: those in the body of a loop once a block."""
     bodies = set(re.findall(r"body=%([\w.-]+)", program))
-    count: dict[str, int] = dict.fromkeys(COLLECTIVES, 0)
+    # {channel: how often}: the compiler splits one collective over many instructions, under one channel.
+    channels: dict[str, dict[str, int]] = {kind: {} for kind in COLLECTIVES}
     for computation in program.split("\n}"):
         header = re.search(r"^(?:ENTRY )?%([\w.-]+) \(", computation, re.MULTILINE)
         times = depth if header and header[1] in bodies else 1
-        for kind in COLLECTIVES:
-            # The compiler splits one collective over many instructions, under one channel.
-            count[kind] += times * len(set(re.findall(rf" {kind}(?:-start)?\(.*channel_id=(\d+)", computation)))
-    return count
+        for kind, found in channels.items():
+            for channel in re.findall(rf" {kind}(?:-start)?\(.*channel_id=(\d+)", computation):
+                found[channel] = max(times, found.get(channel, 0))
+    return {kind: sum(found.values()) for kind, found in channels.items()}
 
 
 def main() -> None:
