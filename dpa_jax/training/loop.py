@@ -127,7 +127,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             unseen.append((step, metrics))
             while len(unseen) > (0 if save else 1):
                 seen, arrays = unseen.pop(0)
-                members = run.of_each(arrays)
+                members = jax.device_get(run.members(arrays))
                 check_finite(members, seen)
                 progress.update(seen, _means(members))
 
