@@ -1,4 +1,4 @@
-"""Everything a run is made of, as one pytree."""
+"""The state of a run as one pytree, and the model that a configuration asks for."""
 
 from __future__ import annotations
 
