@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _COMPARISON_PANELS = {
 }
 _COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")
 _TRAIN_COLOUR, _RULE_COLOUR, _TEXT_COLOUR = "#9aa7b4", "#b8bec5", "#222222"
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": _TEXT_COLOUR}
 
 
 def plot_curves(history: History, path: str | pathlib.Path) -> None:
@@ -50,7 +52,7 @@ def plot_curves(history: History, path: str | pathlib.Path) -> None:
     panels = [title for title, lines in _RUN_PANELS.items() if any(key in recorded for key, _ in lines)]
     figure = _panels(panels, draw)
     first = figure.axes[0]
-    first.legend(*first.get_legend_handles_labels(), frameon=False, fontsize=8, labelcolor=_TEXT_COLOUR)
+    first.legend(*first.get_legend_handles_labels(), **_LEGEND)
     figure.savefig(path)
 
 
@@ -64,9 +66,9 @@ def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.P
     Raises:
         ValueError: there is no record with an `epoch`.
     """
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         name: {"color": colour, "linestyle": "-" if place < len(_COLOURS) else "--", "linewidth": 1.4}
-        for place, (name, colour) in enumerate(zip(runs, _colours(len(runs)), strict=True))
+        for place, (name, colour) in enumerate(zip(runs, itertools.cycle(_COLOURS), strict=False))
     }
     lines = {}
 
@@ -82,15 +84,8 @@ def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.P
 
     recorded = _recorded([history for histories in runs.values() for history in histories])
     figure = _panels([title for title, key in _COMPARISON_PANELS.items() if key in recorded], draw, legend=0.3)
-    figure.legend(
-        lines.values(),
-        lines.keys(),
-        loc="outside lower center",
-        ncols=min(len(lines), 6),
-        frameon=False,
-        fontsize=8,
-        labelcolor=_TEXT_COLOUR,
-    )
+    where = {"loc": "outside lower center", "ncols": min(len(lines), 6)}
+    figure.legend(lines.values(), lines.keys(), **where, **_LEGEND)
     figure.savefig(path)
 
 
@@ -120,17 +115,12 @@ def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], p
     tops = [height - 0.27 * i for i in range(len(rows) + 2)]
     axes.text(0, tops[0] - 0.13, title, va="center", fontsize=10, color=_TEXT_COLOUR)
     write(tops[1] - 0.13, head, color="#444444")
-    for row, top, colour in zip(rows, tops[2:], _colours(len(rows)), strict=True):
+    for row, top, colour in zip(rows, tops[2:], itertools.cycle(_COLOURS), strict=False):
         write(top - 0.13, row, color=_TEXT_COLOUR)
         axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=colour)
     for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
         axes.plot([-0.15, right[-1] + 0.05], [y, y], color=_RULE_COLOUR, linewidth=0.8)
     figure.savefig(path)
-
-
-def _colours(count: int) -> list[str]:
-    """One for each of so many runs; from the seventh on they come again."""
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
 
 
 def _recorded(histories: Iterable[History]) -> set[str]:

@@ -1,6 +1,7 @@
 """The comparison: that its runs are train.py's, that it can be stopped at any time, and what it reports."""
 
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -16,20 +17,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dpa_jax.activations import Elementwise, register, registry
+from dpa_jax.activations.registry import ACTIVATIONS
 from dpa_jax.compare import compare, parse_entries, run, write_report
+from dpa_jax.compare.__main__ import main
 from dpa_jax.compare.report import summarize_runs
 from dpa_jax.compare.run import seeds_that_fit
 from dpa_jax.config import default_config
-from dpa_jax.training.loop import train_and_evaluate
+from dpa_jax.training.checkpoint import Checkpoints
+from dpa_jax.training.loop import train, train_and_evaluate
 from dpa_jax.training.run import build
+from dpa_jax.training.state import create_model
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 # 60 images in batches of 16: epochs end after steps 4, 8 and 11, two of them in the middle of a batch.
 CONFIG = """
 from dpa_jax.config import default_config
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 def get_config():
     config = default_config()
@@ -135,7 +141,7 @@ def test_a_member_is_the_single_run_with_its_seed():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), states) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), group.abstract_state
     )
-    jax.tree.map(np.testing.assert_array_equal, group.of_each(states)[1], jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, group.members(states)[1], state)
     for step in range(6):  # the memories are updated in the fifth, in the middle of the second epoch
         batches, batch = [feed.train(step) for feed in group.feeds], single.feeds[0].train(step)
         jax.tree.map(np.testing.assert_array_equal, batches[1], batch)
@@ -164,6 +170,20 @@ def test_the_records_are_those_of_a_single_run(finished, tmp_path):
         assert mine.keys() == line.keys() - set(TIMES)
         for name in ("epoch", "step", "lr", "train_loss", "eval_loss", "eval_top1"):
             assert mine[name] == pytest.approx(line[name], abs=2e-5), name
+
+
+def test_the_best_checkpoint_of_a_group_is_of_its_mean(tmp_path):
+    config = small(mechanism="relu", epochs=4)
+    config.model_options.patch_size = 8
+    group, folders = build(config, jax.devices()[:1], seeds=(0, 1)), [tmp_path / "0", tmp_path / "1"]
+    records = train(group, tmp_path, folders)
+    means = {one["step"]: (one["eval_top1"] + other["eval_top1"]) / 2 for one, other in zip(*records, strict=True)}
+    with Checkpoints(tmp_path / "checkpoints", keep=1, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 15
+        assert checkpoints.best_step == max(means, key=lambda step: (means[step], step))
+    for member, folder in zip(group.configs, folders, strict=True):
+        assert json.loads((folder / "config.json").read_text())["seed"] == member.seed
+        assert (folder / "curves.png").is_file()
 
 
 # ---------------- Stopped and started again ----------------
@@ -292,12 +312,19 @@ def test_options_in_the_configuration_belong_to_no_entry():
         parse_entries("dpa,relu", small(mechanism_options={"tau": 1.0}))
 
 
-def test_a_mistake_on_the_command_line_is_one_line(start, tmp_path):
-    ended = start(tmp_path / "run", "--mechanisms=relu,dpaa")
-    assert (ended.returncode, ended.stdout) == (1, "")
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: ") and "Did you mean 'dpa'" in line
-    assert not (tmp_path / "run").exists()
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--config=digits_vit", f"--workdir={tmp_path}/run", "--mechanisms=relu,dpaa"])
+    assert re.fullmatch(r"error: .* Did you mean 'dpa'.*", ended.value.code)
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "run").exists()
+
+
+def test_a_registered_mechanism_is_compared_by_its_name(monkeypatch):
+    monkeypatch.setattr("dpa_jax.activations.registry.ACTIVATIONS", dict(ACTIVATIONS))
+    monkeypatch.setattr("dpa_jax.training.state.ACTIVATIONS", registry.ACTIVATIONS)
+    register("cube", functools.partial(Elementwise, lambda x: x**3))
+    (entry,) = parse_entries("cube", small())
+    assert create_model(entry.configure(small(), 0), num_classes=4, in_channels=1).activation
 
 
 def test_the_configuration_has_no_default():

@@ -70,7 +70,7 @@ def parse_entries(text: str, config: ConfigDict) -> list[Entry]:
     for entry in entries:
         configured = entry.configure(config, config.seed)
         validate(configured)
-        create_model(configured, num_classes=2, in_channels=1)  # a wrong name shows here, not after hours of training
+        create_model(configured, num_classes=2)  # a wrong name shows here, not after hours of training
     return entries
 
 

@@ -31,10 +31,9 @@ class DamagedCheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints below one directory: the last few, and the best one.
 
-    `save` copies the arrays to the host and returns; a background thread writes them into a temporary
-    folder, adds a digest of every file, and renames the folder to the step's number. So a checkpoint is
-    either whole or absent, and `restore` believes none whose files differ from their digest: neither zarr
-    nor Orbax notices a flipped bit.
+    `save` copies the arrays to the host and returns; a background thread writes them into a temporary folder, adds a
+    digest of every file, and renames the folder to the step's number. So a checkpoint is either whole or absent, and
+    `restore` uses none whose files differ from their digest: neither zarr nor Orbax notices a flipped bit.
 
     Use it as a context manager, or call `close`, so that the last save is on the disk when the program ends.
     """
@@ -42,13 +41,13 @@ class Checkpoints:
     def __init__(
         self, directory: str | pathlib.Path, *, keep: int, best: str = "eval_top1", read_only: bool = False
     ) -> None:
-        """Opens or makes the directory, and clears what a killed save has left there.
+        """Opens or makes the directory, and deletes what a killed save has left there.
 
         Args:
             directory: a local or mounted folder.
             keep: how many of the newest checkpoints stay; the best one stays besides.
             best: the metric that tells the best, higher being better.
-            read_only: touch nothing in the folder, as it befits an evaluation next to a running training.
+            read_only: change nothing in the folder, so that a running training next to it is not disturbed.
 
         Raises:
             ValueError: `keep` is less than 1.

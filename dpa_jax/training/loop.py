@@ -63,7 +63,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             highest mean top-1.
         folders: where the record of each member goes: ``metrics.jsonl``, ``config.json``, ``tensorboard/``,
             ``curves.png``.
-        name: what the lines on the screen begin with; empty: nothing.
+        name: what every line of output begins with; empty: nothing.
 
     Returns:
         The records of each member.
@@ -72,20 +72,13 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         As `train_and_evaluate`.
     """
     config, total_steps = run.config, run.total_steps
-    place = "" if name else f" in {workdir}"
+    place = "" if name else f" in {workdir}"  # a member's folder is not what a comparison is started with
     notes = _check_continued(run, workdir, folders)
     run.load()
 
     def show(epoch: int, step: int) -> Progress:
-        return Progress(
-            epoch,
-            config.epochs,
-            first_step=step,
-            last_step=run.steps_at(epoch),
-            batch_size=config.batch_size * len(run.seeds),
-            every=config.log_every_seconds,
-            name=name,
-        )
+        images, every, end = config.batch_size * len(run.seeds), config.log_every_seconds, run.steps_at(epoch)
+        return Progress(epoch, config.epochs, first_step=step, last_step=end, batch_size=images, every=every, name=name)
 
     def check_finite(members: Sequence[Figures], step: int) -> None:
         for seed, figures in zip(run.seeds, members, strict=True):
@@ -99,8 +92,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(run.abstract_state) or (0, run.init())
         recorders = [stack.enter_context(contextlib.closing(Recorder(folder, start))) for folder in folders]
-        for recorder in recorders:
-            stack.callback(_draw, recorder)
+        stack.callback(_draw, recorders)
         if start < total_steps:
             for member, folder in zip(run.configs, folders, strict=True):
                 write_config(member, folder)
@@ -127,7 +119,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             unseen.append((step, metrics))
             while len(unseen) > (0 if save else 1):
                 seen, arrays = unseen.pop(0)
-                members = run.of_each(arrays)
+                members = jax.device_get(run.members(arrays))
                 check_finite(members, seen)
                 progress.update(seen, _means(members))
 
@@ -222,9 +214,10 @@ def _means(members: Sequence[Mapping[str, Any]]) -> Figures:
     return {name: statistics.fmean(member[name] for member in members) for name in members[0]}
 
 
-def _draw(recorder: Recorder) -> None:
-    if recorder.history and jax.process_index() == 0:
-        plot_curves(recorder.history, recorder.workdir / "curves.png")
+def _draw(recorders: Sequence[Recorder]) -> None:
+    for recorder in recorders:
+        if recorder.history and jax.process_index() == 0:
+            plot_curves(recorder.history, recorder.workdir / "curves.png")
 
 
 def _line(record: Mapping[str, float], epochs: int) -> str:

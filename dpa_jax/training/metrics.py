@@ -1,4 +1,4 @@
-"""Sums and counts that are added up on the device, and the figures they come to.
+"""Counts of an evaluation, added up on the devices, and the accuracies that are computed from them.
 
 The counts are a pytree: they are added to inside jit, and stay exact over a batch that is sharded or padded.
 """

@@ -1,4 +1,4 @@
-"""SIGTERM, the notice of schedulers and clouds that the machine is about to go."""
+"""SIGTERM, by which schedulers and clouds tell a program that it is about to be stopped."""
 
 import signal
 import threading
@@ -10,10 +10,10 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Asks, between two steps, whether the run was told to stop.
+    """Tells, between two steps, whether the run was told to stop.
 
-    In a run of one process it catches SIGTERM while the `with` block lasts. In a run of several, JAX's own
-    service catches it in whichever process is told, and lets all of them stop after the same step.
+    In a run of one process it catches SIGTERM while the `with` block lasts. In a run of several, JAX's own service
+    catches it in whichever process gets it, and lets all of them stop after the same step.
 
     Example:
         with Preemption() as preemption:

@@ -1,4 +1,4 @@
-"""How a run shows itself: a bar on a terminal, plain lines in a log file."""
+"""The progress of a run: a bar on a terminal, plain lines in a log file."""
 
 import sys
 import time

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -18,9 +17,8 @@ from dpa_jax.activations.penalties import Ratio
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
-from dpa_jax.data.feeds.base import BaseFeed
 from dpa_jax.data.sources import open_source
-from dpa_jax.training.optimizer import Schedule, make_optimizer, make_schedule
+from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
 
@@ -37,66 +35,9 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
 
     Raises:
         ValueError: if the configuration can't run; the message names the key.
-        FileNotFoundError: if the data is not there; the message says how to get it.
+        FileNotFoundError: if even the description of the data is not there; the message says how to get it.
     """
-    validate(config)
-
-    # ---------------- Devices ----------------
-    devices = list(devices or jax.devices())
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-    # ---------------- Data ----------------
-    source = open_source(config.data)
-    train_feed = make_feed(source, mesh, config.batch_size, config, training=True)
-    eval_feed = make_feed(source, mesh, config.eval_batch_size, config, training=False)
-    transforms = source.spec.transforms(config, train_feed, eval_feed)
-
-    # ---------------- Model ----------------
-    model = create_model(config, source.spec.num_classes, **source.spec.model_options())
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    for given in (
-        jax.eval_shape(transforms.train, key, train_feed.abstract_batch),
-        jax.eval_shape(transforms.evaluate, eval_feed.abstract_batch),
-    ):
-        wanted, given = (_shapes_of_one(inputs) for inputs in (model.example_inputs, given))
-        if wanted != given:
-            raise ValueError(
-                f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come as "
-                f"{given}. Set config.augment.image_size or the model's sizes in config.model_options."
-            )
-
-    # ---------------- Optimiser ----------------
-    sampler = train_feed.sampler
-    steps_per_epoch = sampler.num_examples / sampler.batch_size
-    schedule = make_schedule(
-        config.schedule, config.optimizer.learning_rate, steps_per_epoch, sampler.steps(config.epochs)
-    )
-    optimizer = make_optimizer(config, schedule)
-
-    # ---------------- Steps ----------------
-    # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
-    # the compiled step takes the trace over.
-    train_step = jax.jit(
-        make_train_step(
-            model, optimizer, transforms.train, dict(config.coefficients), config.label_smoothing, transforms.mix
-        ),
-        inline=True,
-    )
-    create = functools.partial(create_state, model, optimizer)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    abstract_state = _placed(jax.eval_shape(lambda: create((), seed=0)), everywhere)
-    _, metrics = jax.eval_shape(train_step, abstract_state, train_feed.abstract_batch)
-    run = Run(
-        config,
-        model,
-        schedule,
-        functools.partial(create, tuple(metrics)),
-        train_step,
-        make_eval_step(model, transforms.evaluate),
-        train_feed,
-        eval_feed,
-        everywhere,
-    )
+    run = Run(config, devices)
     return run if seeds is None else run.with_seeds(seeds)
 
 
@@ -104,49 +45,83 @@ class Run:
     """A run of one seed, or of several that are its members: the same program, with a leading axis under ``vmap``.
 
     One seed's states are `TrainState`s as they are. With S seeds every leaf of a state, and every metric of a step,
-    has an axis S in front; what is said *of each member* is a list of S.
+    has an axis S in front; what is said *of each member* is a list of S. Made by `build`.
 
     Attributes:
         config: the configuration; of its members `configs`.
         seeds: of the members.
+        spec: of the data.
         model: the linen module.
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
         eval_feed: the held-out examples.
+        clear_metrics: compiled; a state, which is donated -> the state with nothing in its averages.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        model: nn.Module,
-        schedule: Schedule,
-        create: Callable[..., TrainState],
-        train_step: Callable,
-        eval_step: Callable,
-        train_feed: BaseFeed,
-        eval_feed: BaseFeed,
-        everywhere: NamedSharding,
-    ):
-        """For `build`."""
-        self.config, self.model, self.schedule = config, model, schedule
+    def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
+        """See `build`."""
+        validate(config)
+        self.config = config
         self.seeds: tuple[int, ...] = (config.seed,)
-        self.feeds, self.eval_feed = [train_feed], eval_feed
-        self._everywhere, self._abstract_member = everywhere, jax.eval_shape(lambda: create(seed=0))
 
-        # The number of members is that of the batches, or the length of a state's first axis: functions that are
-        # compiled for a number serve other seeds as well.
+        # ---------------- Devices ----------------
+        devices = list(devices or jax.devices())
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+
+        # ---------------- Data ----------------
+        source = open_source(config.data)
+        self.spec = source.spec
+        feed = make_feed(source, mesh, config.batch_size, config, training=True)
+        self.feeds = [feed]
+        self.eval_feed = make_feed(source, mesh, config.eval_batch_size, config, training=False)
+        transforms = self.spec.transforms(config, feed, self.eval_feed)
+
+        # ---------------- Model ----------------
+        self.model = model = create_model(config, self.spec.num_classes, **self.spec.model_options())
+        wanted = _shapes_of_one(model.example_inputs)
+        for given in (
+            jax.eval_shape(transforms.train, jax.eval_shape(lambda: jax.random.key(0)), feed.abstract_batch),
+            jax.eval_shape(transforms.evaluate, self.eval_feed.abstract_batch),
+        ):
+            if (found := _shapes_of_one(given)) != wanted:
+                raise ValueError(
+                    f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come "
+                    f"as {found}. Set config.augment.image_size or the model's sizes in config.model_options."
+                )
+
+        # ---------------- Optimiser ----------------
+        rate, steps_per_epoch = config.optimizer.learning_rate, feed.sampler.num_examples / config.batch_size
+        self.schedule = make_schedule(config.schedule, rate, steps_per_epoch, self.total_steps)
+        optimizer = make_optimizer(config, self.schedule)
+
+        # ---------------- One member's functions ----------------
+        coefficients = dict(config.coefficients)
+        train_step = make_train_step(
+            model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
+        )
+        # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
+        # the compiled step takes the trace over.
+        train_step = jax.jit(train_step, inline=True)
+        abstract_state = jax.eval_shape(lambda: create_state(model, optimizer, (), seed=0))
+        _, metrics = jax.eval_shape(train_step, self._placed(abstract_state), feed.abstract_batch)
+
+        def create(seed: jax.typing.ArrayLike) -> TrainState:
+            return create_state(model, optimizer, tuple(metrics), seed)
+
         def one_step(state: TrainState, batch: Batch):
             new, metrics = train_step(state.replace(metrics={}), batch)
             averages = {name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()}
             return new.replace(metrics=averages), metrics
 
+        # ---------------- All members' functions ----------------
+        # How many members there are is read off what they are given: what is compiled serves other seeds as well.
         def step(state: TrainState, batches: list[Batch]):
             if len(batches) == 1:
                 return one_step(state, batches[0])
             return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
-        def apart(tree: Any) -> list[Any]:
-            """Of each member."""
+        def members(tree: Any) -> list[Any]:
             return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
 
         def clear_metrics(state: TrainState) -> TrainState:
@@ -155,14 +130,14 @@ class Run:
         def enter_evaluation(state: TrainState) -> TrainState:
             return state.replace(model_state=reset_counters(state.model_state))
 
-        jit = functools.partial(jax.jit, out_shardings=everywhere)
-        self._init = jit(lambda seed: create(seed=seed), static_argnums=0)
-        self._init_several = jit(jax.vmap(lambda seed: create(seed=seed)))
+        jit = functools.partial(jax.jit, out_shardings=self._everywhere)
+        self._abstract_member = jax.eval_shape(lambda: create(0))
+        self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create))
         self._step = jit(step, donate_argnums=0)
-        self._eval_step = jit(eval_step)
-        self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-        self._apart = jit(apart)
-        self._clear_metrics = jit(clear_metrics, donate_argnums=0)
+        self._eval_step = jit(make_eval_step(model, transforms.evaluate))
+        self._add = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        self._members = jit(members)
+        self.clear_metrics = jit(clear_metrics, donate_argnums=0)
         self._enter_evaluation = jit(enter_evaluation, donate_argnums=0)
 
     # ---------------- Members ----------------
@@ -185,12 +160,9 @@ class Run:
             config.seed = seed
         return configs
 
-    def of_each(self, figures: Any) -> list[Any]:
-        """A pytree of figures on the devices, such as a step's metrics, on the host and of each member."""
-        figures = jax.device_get(figures)
-        if len(self.seeds) == 1:
-            return [figures]
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], figures) for i in range(len(self.seeds))]
+    def members(self, tree: Any) -> list[Any]:
+        """The members' parts of a pytree on the devices that has the leading axis: a state, or a step's metrics."""
+        return [tree] if len(self.seeds) == 1 else self._members(tree)
 
     # ---------------- States ----------------
 
@@ -203,8 +175,13 @@ class Run:
     @property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        members = () if len(self.seeds) == 1 else (len(self.seeds),)
-        return _placed(self._abstract_member, self._everywhere, members)
+        return self._placed(self._abstract_member, () if len(self.seeds) == 1 else (len(self.seeds),))
+
+    def _placed(self, abstract: Any, leading: tuple[int, ...] = ()) -> Any:
+        """Shapes and dtypes, with axes in front, of arrays that are whole on every device."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=self._everywhere), abstract
+        )
 
     @property
     def abstract_batch(self) -> list[Batch]:
@@ -253,17 +230,12 @@ class Run:
         """
         return self._step(state, [feed.train(number) for feed in self.feeds])
 
-    def clear_metrics(self, state: TrainState) -> TrainState:
-        """The state with nothing in its averages; the one given is donated."""
-        return self._clear_metrics(state)
-
     # ---------------- Figures ----------------
 
     def figures(self, state: TrainState) -> list[Figures]:
         """The averages of the epoch, of each member: ``train_loss``, ``train_top1`` and the rest by their own names."""
-        averages = [
-            {name: float(ratio.value()) for name, ratio in metrics.items()} for metrics in self.of_each(state.metrics)
-        ]
+        members = jax.device_get(self.members(state.metrics))
+        averages = [{name: float(ratio.value()) for name, ratio in metrics.items()} for metrics in members]
         return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
@@ -277,10 +249,9 @@ class Run:
             of each member its figures, as `Evaluation.compute` names them.
         """
         state = self._enter_evaluation(state)
-        members = [state.variables] if len(self.seeds) == 1 else self._apart(state.variables)
-        sums = None
+        variables, sums = self.members(state.variables), None
         for batch in self.eval_feed.evaluation():
-            parts = [self._eval_step(variables, batch) for variables in members]
+            parts = [self._eval_step(member, batch) for member in variables]
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
@@ -289,10 +260,3 @@ class Run:
 def _shapes_of_one(inputs: Any) -> Any:
     """The shapes of one example, in the structure of a batch of them."""
     return jax.tree.map(lambda leaf: leaf.shape[1:], inputs)
-
-
-def _placed(abstract: Any, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> Any:
-    """Shapes and dtypes, with axes in front, and with this sharding."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=sharding), abstract
-    )

@@ -1,4 +1,4 @@
-"""Everything a run is made of, as one pytree."""
+"""The state of a run as one pytree, and the model that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
 
 
 def create_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, metric_names: tuple[str, ...], seed: int
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    metric_names: tuple[str, ...],
+    seed: jax.typing.ArrayLike,
 ) -> TrainState:
     """The state before the first step; a function of the seed alone."""
     key = jax.random.key(seed)
