@@ -181,7 +181,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
     run = build(config)
     results = {}
     for note in _check_continued(run, workdir, [workdir]):
-        print(note, file=sys.stderr)
+        if jax.process_index() == 0:
+            print(note, file=sys.stderr)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
         best = checkpoints.best_step
         for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
