@@ -21,28 +21,18 @@ from dpa_jax.checks import check_choice, check_range, check_type, is_number
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
 SCHEDULES = ("cosine", "step", "multistep", "constant")
-PRECISIONS = ("float32", "bfloat16")
-CROPS = ("none", "pad", "resized")
-INTERPOLATIONS = ("bilinear", "bicubic", "random")
-RESIDENCES = ("auto", "device", "host")
-CORRUPT = ("refuse", "replace")
 
-Check = Callable[[str, Any], None]
-"""(key with its dots, value) -> None; raises ValueError."""
+Check = Callable[[str, Any], None]  # (key with its dots, value) -> None; raises ValueError
 
 
 class Key(NamedTuple):
-    """One key of a configuration.
+    """One key of a configuration."""
 
-    Attributes:
-        default: its value where nothing else is said, which decides its type. A dict is a group that takes any key:
-            the activation, the model and the loss say which they know.
-        check: refuses values that make no sense.
-        changes_figures: whether another value gives other figures; if so, a run cannot go on with it unasked.
-    """
-
+    # Decides the type. A dict is a group of any keys: the activation, the model and the loss say which they know.
     default: Any
+    # Refuses values that make no sense.
     check: Check = lambda path, value: None
+    # Whether another value gives other figures; if so, a run cannot go on with it unasked.
     changes_figures: bool = True
 
 
@@ -54,20 +44,16 @@ def _must(be: str, holds: Callable[[Any], bool]) -> Check:
     return check
 
 
-def _at_least(low: float) -> Check:
-    return lambda path, value: check_range("config", path, value, low)
-
-
-def _between(low: float, high: float) -> Check:
+def _range(low: float, high: float | None = None) -> Check:
     return lambda path, value: check_range("config", path, value, low, high)
 
 
-def _one_of(names: tuple[str, ...]) -> Check:
+def _one_of(*names: str) -> Check:
     return lambda path, value: check_choice("config", path, value, names)
 
 
-def _numbers(values: tuple) -> bool:
-    return all(map(is_number, values))
+def _numbers(values: tuple, count: int) -> bool:
+    return len(values) == count and all(map(is_number, values))
 
 
 _positive = _must("more than 0", lambda value: value > 0)
@@ -76,13 +62,11 @@ _rising = _must(
     "whole numbers of epochs, rising, from 1",
     lambda epochs: all(type(e) is int and e >= 1 for e in epochs) and list(epochs) == sorted(set(epochs)),
 )
-_interval = _must("(low, high), more than 0", lambda i: len(i) == 2 and _numbers(i) and 0 < i[0] <= i[1])
-_shares = _must(
-    "(low, high), more than 0, at most 1.0", lambda i: len(i) == 2 and _numbers(i) and 0 < i[0] <= i[1] <= 1
-)
+_interval = _must("(low, high), more than 0", lambda i: _numbers(i, 2) and 0 < i[0] <= i[1])
+_shares = _must("(low, high), more than 0, at most 1.0", lambda i: _numbers(i, 2) and 0 < i[0] <= i[1] <= 1)
 _jitter = _must(
     "4 numbers, for brightness, contrast, saturation and hue, none under 0 and the last at most 0.5",
-    lambda amounts: len(amounts) == 4 and _numbers(amounts) and min(amounts) >= 0 and amounts[3] <= 0.5,
+    lambda amounts: _numbers(amounts, 4) and min(amounts) >= 0 and amounts[3] <= 0.5,
 )
 
 
@@ -110,24 +94,24 @@ def _keys() -> dict[str, Any]:
         "model": Key("vit"),
         "model_options": Key({}),
         # Examples in a training batch and in an evaluation batch, over all devices together.
-        "batch_size": Key(256, _at_least(1)),
-        "eval_batch_size": Key(256, _at_least(1)),
+        "batch_size": Key(256, _range(1)),
+        "eval_batch_size": Key(256, _range(1)),
         # How often the training set is gone through.
-        "epochs": Key(300, _at_least(1)),
+        "epochs": Key(300, _range(1)),
         # Of the initial parameters, the order of the examples, augmentation and dropout.
-        "seed": Key(0, _between(0, 2**32 - 1)),
+        "seed": Key(0, _range(0, 2**32 - 1)),
         # The share of the target that is spread evenly over all classes.
-        "label_smoothing": Key(0.0, _between(0.0, 1.0)),
+        "label_smoothing": Key(0.0, _range(0.0, 1.0)),
         # What the model computes in; parameters, memories and the loss are float32 always.
-        "precision": Key("float32", _one_of(PRECISIONS)),
+        "precision": Key("float32", _one_of("float32", "bfloat16")),
         # Gradients are scaled down to this global norm; 0 leaves them as they are.
-        "clip_norm": Key(1.0, _at_least(0.0)),
+        "clip_norm": Key(1.0, _range(0.0)),
         "optimizer": {
-            "name": Key("adamw", _one_of(OPTIMIZERS)),
+            "name": Key("adamw", _one_of(*OPTIMIZERS)),
             # The highest rate; the schedule leads to it and down from it.
             "learning_rate": Key(1e-3, _positive),
             # On every parameter: decoupled for adamw, added to the gradient for the others.
-            "weight_decay": Key(0.05, _at_least(0.0)),
+            "weight_decay": Key(0.05, _range(0.0)),
             # adamw and adam: decay of the running mean of gradients.
             "beta1": Key(0.9, _decay),
             # adamw, adam and rmsprop: decay of the running mean of squared gradients.
@@ -135,17 +119,17 @@ def _keys() -> dict[str, Any]:
             # adamw, adam and rmsprop: added to the root of that mean.
             "eps": Key(1e-8, _positive),
             # sgd and rmsprop.
-            "momentum": Key(0.9, _between(0.0, 1.0)),
+            "momentum": Key(0.9, _range(0.0, 1.0)),
         },
         "schedule": {
-            "name": Key("cosine", _one_of(SCHEDULES)),
+            "name": Key("cosine", _one_of(*SCHEDULES)),
             # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
-            "warmup_epochs": Key(0, _at_least(0)),
-            "warmup_learning_rate": Key(1e-6, _at_least(0.0)),
+            "warmup_epochs": Key(0, _range(0)),
+            "warmup_learning_rate": Key(1e-6, _range(0.0)),
             # cosine: the rate at the end.
-            "min_learning_rate": Key(0.0, _at_least(0.0)),
+            "min_learning_rate": Key(0.0, _range(0.0)),
             # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
-            "step_epochs": Key(30, _at_least(1)),
+            "step_epochs": Key(30, _range(1)),
             # multistep: the same after each of these numbers of epochs.
             "milestones": Key((150, 225), _rising),
             "gamma": Key(0.1, _positive),
@@ -158,69 +142,67 @@ def _keys() -> dict[str, Any]:
             # Fetch what is missing.
             "download": Key(False, changes_figures=False),
             # synthetic: what is made.
-            "image_size": Key(32, _at_least(1)),
-            "channels": Key(3, _at_least(1)),
-            "num_classes": Key(10, _at_least(1)),
-            "train_examples": Key(2048, _at_least(1)),
-            "test_examples": Key(512, _at_least(1)),
+            "image_size": Key(32, _range(1)),
+            "channels": Key(3, _range(1)),
+            "num_classes": Key(10, _range(1)),
+            "train_examples": Key(2048, _range(1)),
+            "test_examples": Key(512, _range(1)),
             # Where the images are kept: on the device, in the host's memory, or wherever they fit.
-            "resident": Key("auto", _one_of(RESIDENCES), changes_figures=False),
+            "resident": Key("auto", _one_of("auto", "device", "host"), changes_figures=False),
             # Per channel, of images scaled to [0, 1]; empty: the source's own.
             "mean": Key(()),
             "std": Key(()),
             # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
-            "imbalance": Key(1.0, _at_least(1.0)),
+            "imbalance": Key(1.0, _range(1.0)),
             # Images that are read at every step: processes that decode them; 0: threads of this one.
-            "workers": Key(0, _at_least(0), changes_figures=False),
+            "workers": Key(0, _range(0), changes_figures=False),
             # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
-            "corrupt": Key("refuse", _one_of(CORRUPT), changes_figures=False),
+            "corrupt": Key("refuse", _one_of("refuse", "replace"), changes_figures=False),
         },
         "augment": {
             # The width and height that the model gets; 0: as the images are stored.
-            "image_size": Key(0, _at_least(0)),
+            "image_size": Key(0, _range(0)),
             # Training: none, pad (random crop of the padded image), resized (random resized crop).
-            "crop": Key("none", _one_of(CROPS)),
+            "crop": Key("none", _one_of("none", "pad", "resized")),
             # pad: pixels added on each side.
-            "padding": Key(4, _at_least(0)),
+            "padding": Key(4, _range(0)),
             # resized: the share of the area and the width-to-height ratio that are drawn from.
             "scale": Key((0.08, 1.0), _shares),
             "ratio": Key((3 / 4, 4 / 3), _interval),
-            "interpolation": Key("random", _one_of(INTERPOLATIONS)),
+            "interpolation": Key("random", _one_of("bilinear", "bicubic", "random")),
             # The probability of a horizontal flip.
-            "flip": Key(0.0, _between(0.0, 1.0)),
+            "flip": Key(0.0, _range(0.0, 1.0)),
             # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
             "rand_augment": Key(""),
             # How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.
             "color_jitter": Key((0.0, 0.0, 0.0, 0.0), _jitter),
             # The probability that a rectangle becomes noise.
-            "erase": Key(0.0, _between(0.0, 1.0)),
+            "erase": Key(0.0, _range(0.0, 1.0)),
             # Pairs of images are mixed, weighed by a draw from Beta(alpha, alpha); 0: none. With both, either.
-            "mixup": Key(0.0, _at_least(0.0)),
-            "cutmix": Key(0.0, _at_least(0.0)),
+            "mixup": Key(0.0, _range(0.0)),
+            "cutmix": Key(0.0, _range(0.0)),
             # Evaluation: resize to this before the centre crop; 0: no resize.
-            "eval_resize": Key(0, _at_least(0)),
+            "eval_resize": Key(0, _range(0)),
         },
         "checkpoint": {
             # How many of the latest are kept, beside the best.
-            "keep": Key(3, _at_least(1), changes_figures=False),
+            "keep": Key(3, _range(1), changes_figures=False),
             # Steps between them; 0: at the end of each epoch only.
-            "every_steps": Key(0, _at_least(0), changes_figures=False),
+            "every_steps": Key(0, _range(0), changes_figures=False),
         },
         # Epochs between evaluations; the last epoch is always followed by one.
-        "eval_every_epochs": Key(1, _at_least(1)),
+        "eval_every_epochs": Key(1, _range(1)),
         # Seconds between progress lines where the output is not a terminal.
-        "log_every_seconds": Key(10.0, _at_least(0.0), changes_figures=False),
+        "log_every_seconds": Key(10.0, _range(0.0), changes_figures=False),
         # Keys between commas that a run may go on with changed, although its figures change with them.
         "allow_change": Key("", _known_keys, changes_figures=False),
     }
 
 
 def default_config() -> ConfigDict:
-    """Every key a run has, at its default.
+    """Every key a run has, at its default; locked: setting a key that is not there raises, with the nearest one named.
 
-    Returns:
-        A locked ConfigDict: setting a key that it does not have raises, with the nearest one named.
-        `mechanism_options`, `coefficients` and `model_options` alone take new keys.
+    `mechanism_options`, `coefficients` and `model_options` alone take new keys.
     """
 
     def defaults(keys: dict[str, Any]) -> dict[str, Any]:
@@ -238,9 +220,6 @@ def validate(config: Mapping[str, Any]) -> None:
     """Refuses a configuration that cannot run, before anything is loaded or compiled.
 
     The names of the mechanism, the model and the data are for their registries to check.
-
-    Args:
-        config: as `default_config` makes it, with other values.
 
     Raises:
         ValueError: for an unknown key (with the nearest one), a missing key, a value of another type than the
@@ -285,17 +264,12 @@ def split_keys(text: str) -> list[str]:
 
 
 def check_key(path: str, owner: str = "config") -> Any:
-    """Raises ValueError, with the nearest one named, unless there is a key or a group of this name.
+    """The `Key` of this name, or the dict of a group; for what is in a group that takes any key, that group's `Key`.
 
-    Args:
-        path: the name, with a dot between a group and its key.
-        owner: what the message begins with.
-
-    Returns:
-        The `Key`, or the dict of a group; for what is in a group that takes any key, that group's `Key`.
+    Raises:
+        ValueError: if there is none, with the nearest one named; the message begins with ``owner``.
     """
-    found: Any = _keys()
-    prefix = ""
+    found, prefix = _keys(), ""
     for name in path.split("."):
         if isinstance(found, Key):
             if isinstance(found.default, dict):

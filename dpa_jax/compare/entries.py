@@ -16,27 +16,15 @@ _FORM = "NAME[+arr][:OPTION=VALUE]..., as in dpa, relu+arr or dpa:criterion=unio
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row.
+    """One row of the table."""
 
-    Attributes:
-        name: as it was given; also the name of its folder.
-        mechanism: `config.mechanism`.
-        options: `config.mechanism_options`.
-        arr: an ARR behind every block (`config.model_options.arr`).
-    """
-
-    name: str
+    name: str  # as it was given; also the name of its folder
     mechanism: str
-    options: dict[str, Any]
-    arr: bool
+    options: dict[str, Any]  # of the mechanism
+    arr: bool  # whether an ARR is behind every block
 
     def configure(self, config: ConfigDict, seed: int) -> ConfigDict:
-        """A copy of the configuration with this entry's mechanism in it.
-
-        Args:
-            config: a run's configuration, without `mechanism_options`.
-            seed: the run's.
-        """
+        """A copy of a configuration without `mechanism_options`, with this entry's mechanism and this seed in it."""
         config = config.copy_and_resolve_references()
         config.seed = seed
         config.mechanism = self.mechanism
@@ -47,11 +35,7 @@ class Entry:
 
 
 def parse_entries(text: str, config: ConfigDict) -> list[Entry]:
-    """The entries of a list such as ``relu,gelu,dpa,relu+arr,dpa:criterion=union``.
-
-    Args:
-        text: entries ``NAME[+arr][:OPTION=VALUE]...`` between commas.
-        config: the configuration that they are put into.
+    """The entries of a list such as ``relu,gelu,dpa,relu+arr,dpa:criterion=union``, to be put into a configuration.
 
     Raises:
         ValueError: for an entry of another form or one that comes twice; for a mechanism or an option that does not

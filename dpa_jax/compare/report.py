@@ -17,8 +17,7 @@ import jax
 
 from dpa_jax.plots import History, plot_comparison, plot_table
 
-Histories = dict[str, dict[int, History]]
-"""{entry's name: {seed: the records of its run}}."""
+Histories = dict[str, dict[int, History]]  # {entry's name: {seed: the records of its run}}
 
 _HEAD = ("mechanism", "seeds", "mean", "std", "best", "masked (%)", "seconds")
 _NONE = "\N{EN DASH}"
@@ -26,25 +25,16 @@ _NONE = "\N{EN DASH}"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One entry over its seeds.
+    """One entry over its seeds."""
 
-    Attributes:
-        mechanism: the entry's name.
-        seeds: how many.
-        mean: of the top-1 after the last epoch, as a fraction.
-        std: its standard deviation (n - 1); None with one seed, which has none.
-        best: the best seed's.
-        masked_fraction: mean over the last epoch of training and the seeds; None where nothing masks.
-        seconds: mean time of a run's training steps, where seeds share a program the share of each; without
-            compilation, evaluation and checkpoints.
-    """
-
-    mechanism: str
-    seeds: int
-    mean: float
-    std: float | None
-    best: float
-    masked_fraction: float | None
+    mechanism: str  # the entry's name
+    seeds: int  # how many
+    mean: float  # of the top-1 after the last epoch, as a fraction
+    std: float | None  # its standard deviation (n - 1); None with one seed, which has none
+    best: float  # the best seed's top-1
+    masked_fraction: float | None  # mean over the last epoch of training and the seeds; None where nothing masks
+    # Mean time of a run's training steps, where seeds share a program the share of each; without compilation,
+    # evaluation and checkpoints.
     seconds: float
 
     def cells(self) -> list[str]:
@@ -55,12 +45,7 @@ class Row:
 
 
 def summarize_runs(mechanism: str, runs: Mapping[int, History]) -> Row:
-    """The row of an entry.
-
-    Args:
-        mechanism: its name.
-        runs: {seed: the records of its whole run}.
-    """
+    """The row of an entry with this name and {seed: the records of its whole run}."""
     last = [history[-1] for history in runs.values()]
     top1 = [record["eval_top1"] for record in last]
     masked = [record["masked_fraction"] for record in last if "masked_fraction" in record]
@@ -76,12 +61,9 @@ def summarize_runs(mechanism: str, runs: Mapping[int, History]) -> Row:
 
 
 def write_report(workdir: pathlib.Path, histories: Histories, command: str = "") -> None:
-    """Writes ``results.json``, ``table.md``, ``table.csv``, ``table.png`` and ``curves.png``.
+    """Writes ``results.json``, ``table.md``, ``table.csv``, ``table.png`` and ``curves.png`` of finished runs.
 
-    Args:
-        workdir: the folder, which is there.
-        histories: finished runs.
-        command: what was typed, for the notes below the table.
+    ``command`` is what was typed, for the notes below the table.
     """
     rows = [summarize_runs(name, runs) for name, runs in histories.items()]
     epochs = max(record["epoch"] for runs in histories.values() for history in runs.values() for record in history)

@@ -30,7 +30,7 @@ def compare(
     vmap: int = 0,
     command: str = "",
 ) -> Histories:
-    """Trains every entry with every seed, as `train_and_evaluate` would, and writes the report.
+    """Trains every entry with every seed, as `train_and_evaluate` would, writes the report, and returns the records.
 
     Whatever ``workdir`` has already is kept: finished runs as they are, and those under way go on from their last
     checkpoint, in the groups that they were started in, so that they end with the same bits.
@@ -43,9 +43,6 @@ def compare(
             `write_report`, which are written anew whenever an entry is finished.
         vmap: how many seeds are trained at a time in one program; 0 for all on CPUs, and elsewhere as many as fit.
         command: what to type to do it again, for the report.
-
-    Returns:
-        {entry's name: {seed: its records}}.
 
     Raises:
         ValueError: for a configuration that can't run, or another than the runs in ``workdir`` were trained with.

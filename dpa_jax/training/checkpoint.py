@@ -6,7 +6,6 @@ import math
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -41,16 +40,10 @@ class Checkpoints:
     def __init__(
         self, directory: str | pathlib.Path, *, keep: int, best: str = "eval_top1", read_only: bool = False
     ) -> None:
-        """Opens or makes the directory, and deletes what a killed save has left there.
+        """Opens or makes the directory, a local or mounted one, and deletes what a killed save has left there.
 
-        Args:
-            directory: a local or mounted folder.
-            keep: how many of the newest checkpoints stay; the best one stays besides.
-            best: the metric that tells the best, higher being better.
-            read_only: change nothing in the folder, so that a running training next to it is not disturbed.
-
-        Raises:
-            ValueError: `keep` is less than 1.
+        The ``keep`` newest checkpoints stay, and the one whose metric ``best`` is the highest. With ``read_only``
+        nothing in the folder is changed, so that a training that runs there is not disturbed.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, to have something to resume from, got {keep}")
@@ -81,17 +74,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts to save and returns once the arrays are copied: they may be donated or changed at once.
 
-        A step that is there already is left alone, unless `metrics` are given that it lacks: then it is
-        written anew.
-
-        Args:
-            step: how many training steps the state has seen.
-            state: any pytree of arrays; random keys as key data.
-            metrics: figures of the evaluation at this step; None where there was none.
-
-        Raises:
-            RuntimeError: the object is read-only.
-            Exception: whatever made the save before this one fail.
+        The state is any pytree of arrays, random keys as key data; the metrics are of an evaluation at this step. A
+        step that is there already is left alone, unless it lacks the metrics: then it is written anew. Raises what made
+        the save before this one fail.
         """
         if self._manager is None:
             raise RuntimeError("these checkpoints were opened read-only; open them without read_only to save")
@@ -110,18 +95,11 @@ class Checkpoints:
         )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
-        """Restores the newest readable checkpoint, or the one of `step`.
+        """The step and the state of the newest readable checkpoint, or of `step`; None when nothing was ever saved.
 
         A damaged checkpoint is warned of and moved to `damaged-STEP` beside the others (left in place when
-        read-only); where no `step` was asked for, the one before it is tried.
-
-        Args:
-            abstract_state: the pytree to restore into, a `jax.ShapeDtypeStruct` with a sharding for every
-                leaf; the devices may be others than those that the state was saved from.
-            step: the step to restore; None for the newest.
-
-        Returns:
-            The step and the state, or None when nothing was ever saved.
+        read-only); where no `step` was asked for, the one before it is tried. `abstract_state` has a
+        `jax.ShapeDtypeStruct` with a sharding for every leaf, on whatever devices.
 
         Raises:
             ValueError: a leaf of `abstract_state` has no sharding, or the checkpoint is of another model:
@@ -204,12 +182,12 @@ class Checkpoints:
         return -math.inf if math.isnan(value) else value
 
     def _before_commit(self) -> None:
-        # Orbax calls this in its background thread, when all files are written and before the folder gets
-        # its name.
+        # Orbax calls this in its background thread, when all files are written and before the folder gets its name.
         if jax.process_index() == 0:
             self._clear_discarded()
             (folder,) = self.directory.glob(f"{self._saving}.*")
-            digest = {name: _fingerprint(folder / name) for name in _files(folder)}
+            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+            digest = {name: _fingerprint(folder / name) for name in names if name not in _BOOKKEEPING}
             (folder / _DIGEST).write_text(json.dumps(digest, indent=1))
 
     def _clear_discarded(self) -> None:
@@ -226,13 +204,6 @@ class Checkpoints:
             folder.rename(aside)
             what = f"moved to {aside.name}"
         warnings.warn(f"checkpoint {folder} is damaged: {reason}; {what}", RuntimeWarning, stacklevel=3)
-
-
-def _files(folder: pathlib.Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (_DIGEST, *_BOOKKEEPING):
-            yield name
 
 
 def _fingerprint(path: pathlib.Path) -> list[int | str]:
@@ -294,9 +265,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _read(folder: pathlib.Path, abstract_state: Any) -> Any:
-    restored = ocp.StandardCheckpointHandler().restore(
-        epath.Path(folder) / _STATE, args=ocp.args.StandardRestore(_to_dict(abstract_state))
-    )
-    arrays = traverse_util.flatten_dict(restored)
+    handler, wanted = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(_to_dict(abstract_state))
+    arrays = traverse_util.flatten_dict(handler.restore(epath.Path(folder) / _STATE, args=wanted))
     leaves = [arrays[path] for path in _flat(abstract_state)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

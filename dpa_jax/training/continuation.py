@@ -19,14 +19,7 @@ from dpa_jax.training.record import replace_file
 
 
 def check_unchanged(config: ConfigDict, folder: pathlib.Path) -> list[str]:
-    """Compares a configuration with the one that a run was last trained with.
-
-    Args:
-        config: what the run is to go on with.
-        folder: the run's, with its ``config.json``.
-
-    Returns:
-        Notes to show, one line each: what differs and is allowed to.
+    """Notes of a line each on what differs, and may, from the configuration that ``folder``'s run was trained with.
 
     Raises:
         ValueError: for a key that changes figures, with both values and what to do; for a damaged ``config.json``.

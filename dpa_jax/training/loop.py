@@ -36,8 +36,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     Args:
         config: as `dpa_jax.config.default_config` makes it, with the changes of a file in ``configs/``.
-        workdir: the run's folder: ``checkpoints/``, ``metrics.jsonl``, ``config.json``, ``tensorboard/``,
-            ``curves.png``.
+        workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``config.json``, ``tensorboard/``, ``curves.png``.
 
     Returns:
         The last line of ``metrics.jsonl``; nothing where a finished run left none.
@@ -55,30 +54,16 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
 
 
 def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name: str = "") -> list[list[Figures]]:
-    """Trains a run from its last checkpoint, or from the start, to its end.
+    """Trains a run from its last checkpoint, or from the start, to its end; closes it; returns each member's records.
 
-    Args:
-        run: what is trained; it is closed at the end.
-        workdir: where ``checkpoints/`` are; of several members there is one checkpoint, whose best is that of the
-            highest mean top-1.
-        folders: where the record of each member goes: ``metrics.jsonl``, ``config.json``, ``tensorboard/``,
-            ``curves.png``.
-        name: what every line of output begins with; empty: nothing.
-
-    Returns:
-        The records of each member.
-
-    Raises:
-        As `train_and_evaluate`.
+    A checkpoint holds all members; it is in ``workdir``, and the best is that of the highest mean top-1. The record of
+    each member is in its own one of ``folders``. Lines of output begin with ``name``, if any. Raises what
+    `train_and_evaluate` raises.
     """
     config, total_steps = run.config, run.total_steps
     place = "" if name else f" in {workdir}"  # a member's folder is not what a comparison is started with
     notes = _check_continued(run, workdir, folders)
     run.load()
-
-    def show(epoch: int, step: int) -> Progress:
-        images, every, end = config.batch_size * len(run.seeds), config.log_every_seconds, run.steps_at(epoch)
-        return Progress(epoch, config.epochs, first_step=step, last_step=end, batch_size=images, every=every, name=name)
 
     def check_finite(members: Sequence[Figures], step: int) -> None:
         for seed, figures in zip(run.seeds, members, strict=True):
@@ -97,8 +82,9 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             for member, folder in zip(run.configs, folders, strict=True):
                 write_config(member, folder)
         epoch = next((e for e in range(1, config.epochs + 1) if run.steps_at(e) > start), config.epochs)
-        progress = show(epoch, start)
-        stack.callback(lambda: progress.close())
+        images, every = config.batch_size * len(run.seeds), config.log_every_seconds
+        progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
+        progress.begin(epoch, start, run.steps_at(epoch))
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
             for line in (f"{how} after step {start} of {total_steps}{place}", *notes):
@@ -111,8 +97,8 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 state, metrics = run.step(state, step - 1)
             stop = preemption.requested(step)
             epoch_ends = step == run.steps_at(epoch)
-            every = config.checkpoint.every_steps
-            save = stop or epoch_ends or (every > 0 and step % every == 0)
+            every_steps = config.checkpoint.every_steps
+            save = stop or epoch_ends or (every_steps > 0 and step % every_steps == 0)
 
             # ---------------- See how it went ----------------
             # One step behind, so that the devices are never waited for; before a save nothing stays unseen.
@@ -159,16 +145,12 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 raise Preempted(128 + signal.SIGTERM)
             if epoch_ends and step < total_steps:
                 epoch += 1
-                progress = show(epoch, step)
+                progress.begin(epoch, step, run.steps_at(epoch))
         return [recorder.history for recorder in recorders]
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
-    """Restores the best and the newest checkpoint of a run and evaluates both on the whole test split.
-
-    Args:
-        config: the run's configuration.
-        workdir: the run's folder; nothing in it is changed.
+    """Evaluates the best and the newest checkpoint of a run on the whole test split; changes nothing in its folder.
 
     Returns:
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.

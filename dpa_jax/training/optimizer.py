@@ -64,11 +64,8 @@ def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTran
 
     Each follows PyTorch's of that name, which the papers' programs use. Weight decay is on every
     parameter: decoupled for ``"adamw"`` (Loshchilov and Hutter, 2019), added to the clipped gradient for the
-    others. ``"rmsprop"`` takes ``beta2`` as the decay of its squares (PyTorch's default is 0.99).
-
-    Args:
-        config: a run's configuration; ``clip_norm`` and ``optimizer`` are read.
-        schedule: from a step to a learning rate; the optimiser counts the steps itself, from 0.
+    others. ``"rmsprop"`` takes ``beta2`` as the decay of its squares (PyTorch's default is 0.99). The optimiser counts
+    the steps that the schedule is asked for itself, from 0.
     """
     options = config.optimizer
     momentum = optax.trace(options.momentum) if options.momentum else optax.identity()
@@ -98,11 +95,6 @@ def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTrans
 
     Optax takes ``1 - beta ** t`` in float32, where 0.999 is off by 1e-8: a relative error of 1e-5 in the first
     updates, which grows over a run until losses differ from the papers' programs in the fifth digit.
-
-    Args:
-        beta1: decay of the running mean of gradients.
-        beta2: decay of the running mean of squared gradients.
-        eps: added to the root of the latter.
     """
 
     def correction(beta: float, count: jax.Array) -> jax.Array:

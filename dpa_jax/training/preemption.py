@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -14,46 +13,30 @@ class Preemption:
 
     In a run of one process it catches SIGTERM while the `with` block lasts. In a run of several, JAX's own service
     catches it in whichever process gets it, and lets all of them stop after the same step.
-
-    Example:
-        with Preemption() as preemption:
-            for step in range(steps):
-                ...
-                if preemption.requested(step):
-                    break
     """
 
     def __init__(self) -> None:
         """Installs nothing yet."""
         self._told = threading.Event()
         self._previous: Any = None
-        self._installed = False
 
     def __enter__(self) -> Self:
         """Starts to listen; only the main thread may, elsewhere nothing is installed."""
-        # With several processes the handler belongs to JAX's service, and taking it away would silence the
-        # notice.
+        # With several processes the handler belongs to JAX's service, and taking it away would silence the notice.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-            self._installed = True
+            previous = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+            # None stands for a handler that was not installed from Python, which Python can't put back.
+            self._previous = signal.SIG_DFL if previous is None else previous
         return self
 
     def __exit__(self, *_: object) -> None:
         """Gives the signal back to who had it before."""
-        if self._installed:
-            # None stands for a handler that was not installed from Python, which Python can't put back.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
-            self._installed = False
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
 
     def requested(self, step: int) -> bool:
-        """True when the run should save and stop after this step.
-
-        Args:
-            step: the step just done. All processes must ask at every step, with the same numbers.
-        """
+        """True when the run should save and stop after this step; all processes must ask at every step."""
         if jax.process_count() == 1:
             return self._told.is_set()
         return multihost_utils.reached_preemption_sync_point(step)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._told.set()

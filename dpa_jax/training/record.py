@@ -13,31 +13,28 @@ import jax
 
 
 class Recorder:
-    """Writes what a run measures into its working directory; only process 0 writes.
+    """Writes what a run measures into its folder; only process 0 writes.
 
-    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures.
+    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures. `history` holds all records of the run
+    so far, oldest first, those of earlier starts included.
     """
 
     def __init__(self, workdir: str | pathlib.Path, step: int) -> None:
-        """Opens the record of a run that begins, or goes on, after `step` steps.
+        """Opens the record of a run that begins, or goes on, after `step` steps, and makes the folder if need be.
 
         Lines of later steps, which a killed run wrote after its last checkpoint, are removed, and so is
         a last line that was cut off. TensorBoard is told to hide the same steps.
-
-        Args:
-            workdir: the run's folder; it is made if it is missing.
-            step: steps done by the state that the run goes on from; 0 at the start.
         """
         self.workdir = pathlib.Path(workdir)
-        self._history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._path = self.workdir / "metrics.jsonl"
         if self._path.exists():
-            self._history = [record for record in read_history(self.workdir) if record["step"] <= step]
-            replace_file(self._path, "".join(_line(record) for record in self._history))
+            self.history = [record for record in read_history(self.workdir) if record["step"] <= step]
+            replace_file(self._path, "".join(map(_line, self.history)))
         self._step = step
 
     @functools.cached_property
@@ -49,25 +46,15 @@ class Recorder:
         suffix = f".{self._step}.{os.getpid()}"
         return SummaryWriter(str(self.workdir / "tensorboard"), purge_step=self._step + 1, filename_suffix=suffix)
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """All records of the run so far, oldest first, those of earlier starts included."""
-        return self._history
-
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line, and returns when it is on the disk.
 
-        Args:
-            record: names and figures (Python, NumPy or JAX scalars; a figure that is not finite becomes
-                null), with `step` among them.
-
-        Raises:
-            ValueError: `step` is missing.
+        The figures are Python, NumPy or JAX scalars; one that is not finite becomes null. ValueError without `step`.
         """
         if "step" not in record:
             raise ValueError(f"a record needs the step it belongs to; got {sorted(record)}")
         values = {name: _plain(value) for name, value in record.items()}
-        self._history.append(values)
+        self.history.append(values)
         if not self._writes:
             return
         with self._path.open("a") as file:
@@ -88,12 +75,8 @@ class Recorder:
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """The records in a run's folder, oldest first, without a last line that was cut off; [] if there are none."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    return _parse(path.read_text(errors="replace"), path) if path.exists() else []
-
-
-def _parse(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
     records = []
-    lines = text.splitlines(keepends=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -102,8 +85,7 @@ def _parse(text: str, path: pathlib.Path) -> list[dict[str, Any]]:
                 records.append(record)
         except (ValueError, KeyError, TypeError):
             if number < len(lines):  # a kill can only cut the last one
-                message = f"{path}: line {number} is no record and is dropped"
-                warnings.warn(message, RuntimeWarning, stacklevel=4)
+                warnings.warn(f"{path}: line {number} is no record and is dropped", RuntimeWarning, stacklevel=3)
     return records
 
 

@@ -143,11 +143,7 @@ class Run:
     # ---------------- Members ----------------
 
     def with_seeds(self, seeds: Sequence[int]) -> Self:
-        """The same run with other seeds: the data and the compiled functions are shared.
-
-        Args:
-            seeds: different ones, of 0 .. 2^32 - 1.
-        """
+        """The same run with other seeds: the data and the compiled functions are shared."""
         run = copy.copy(self)
         run.seeds, run.feeds = tuple(seeds), [self.feeds[0].reordered(seed) for seed in seeds]
         return run
@@ -193,8 +189,7 @@ class Run:
     def load(self) -> None:
         """Loads the data and puts it where it is taken from; done by the first step or evaluation if not before.
 
-        Raises:
-            FileNotFoundError: if the data is not there; the message says how to get it.
+        FileNotFoundError says how to get data that is not there.
         """
         self.eval_feed.load()
         for feed in self.feeds:
@@ -219,14 +214,9 @@ class Run:
         return self._step.lower(self.abstract_state, self.abstract_batch)
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One training step.
+        """One training step: the new state, and the metrics as `make_train_step` has them.
 
-        Args:
-            state: after ``number`` steps; it is donated.
-            number: of the step, from 0; says which examples it sees.
-
-        Returns:
-            The new state and the step's metrics, as `make_train_step` has them.
+        The state is the one after ``number`` steps, and is donated. The number says which examples the step sees.
         """
         return self._step(state, [feed.train(number) for feed in self.feeds])
 
@@ -239,14 +229,9 @@ class Run:
         return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
-        """Evaluates the whole held-out split.
+        """Evaluates the whole held-out split: of each member its figures, as `Evaluation.compute` names them.
 
-        Args:
-            state: it is donated.
-
-        Returns:
-            The state as it is after entering evaluation, which starts the counters of some mechanisms anew; and
-            of each member its figures, as `Evaluation.compute` names them.
+        The state is donated. The one returned has entered evaluation: the counters of some mechanisms begin anew.
         """
         state = self._enter_evaluation(state)
         variables, sums = self.members(state.variables), None

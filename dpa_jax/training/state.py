@@ -20,25 +20,15 @@ from dpa_jax.checks import check_choice, check_options
 
 
 class TrainState(struct.PyTreeNode):
-    """A run after ``step`` training steps. A checkpoint holds this and nothing else.
+    """A run after ``step`` training steps. A checkpoint holds this and nothing else."""
 
-    Attributes:
-        step: int32 scalar. The position in the data follows from it.
-        params: the model's parameters, float32.
-        backward_memory: the collection whose gradient is its update; empty for models without.
-        model_state: every other collection of the model (forward memories, batch statistics, ...).
-        opt_state: the optimiser's.
-        metrics: {name: Ratio}, the training figures of the epoch under way.
-        key: uint32, the data of the run's random key; every step folds its number in.
-    """
-
-    step: jax.Array
-    params: Any
-    backward_memory: Any
-    model_state: dict[str, Any]
+    step: jax.Array  # int32 scalar; the position in the data follows from it
+    params: Any  # float32
+    backward_memory: Any  # the collection whose gradient is its update; empty for models without
+    model_state: dict[str, Any]  # every other collection of the model: forward memories, batch statistics, ...
     opt_state: optax.OptState
-    metrics: dict[str, Ratio]
-    key: jax.Array
+    metrics: dict[str, Ratio]  # the training figures of the epoch under way
+    key: jax.Array  # uint32, the data of the run's random key; every step folds its number in
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -48,15 +38,9 @@ class TrainState(struct.PyTreeNode):
 
 
 def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> nn.Module:
-    """The configured model with the configured mechanism in it.
+    """The configured model with the configured mechanism in it; ValueError for names and options that do not exist.
 
-    Args:
-        config: a run's configuration.
-        num_classes: K of the data.
-        **data_options: options of the model that follow from the data (`Spec.model_options`).
-
-    Raises:
-        ValueError: for names and options that do not exist.
+    ``num_classes`` and ``data_options`` follow from the data (`Spec.model_options`).
     """
     check_choice("config", "mechanism", config.mechanism, [*ACTIVATIONS, "dnrt"])
     check_choice("config", "model", config.model, models.MODELS)
@@ -67,8 +51,7 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     check_options("config", model, config.model_options, "model_options", ("num_classes", *given))
     check_options("config", mechanism, config.mechanism_options, "mechanism_options", ("num_classes",))
     options = dict(config.mechanism_options)
-    takes = inspect.signature(mechanism).parameters
-    if "num_classes" in takes:
+    if "num_classes" in inspect.signature(mechanism).parameters:
         options["num_classes"] = num_classes
     given["activation"] = activation(name, **options)
     return models.create(config.model, num_classes, **given, **config.model_options)
@@ -81,8 +64,7 @@ def create_state(
     seed: jax.typing.ArrayLike,
 ) -> TrainState:
     """The state before the first step; a function of the seed alone."""
-    key = jax.random.key(seed)
-    init_key, run_key = jax.random.split(key)
+    init_key, run_key = jax.random.split(jax.random.key(seed))
     examples = jax.tree.map(lambda example: jnp.zeros(example.shape, example.dtype), model.example_inputs)
     variables = dict(model.init(init_key, examples))
     params = variables.pop("params")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dpa_jax.activations import MUTABLE, Summary, summarize
+from dpa_jax.activations import MUTABLE, summarize
 from dpa_jax.activations.penalties import RECORDS, Ratio
 from dpa_jax.data.augment import Mixed
 from dpa_jax.data.batch import Batch
@@ -27,20 +27,12 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mix: Callable[[jax.Array, jax.Array, jax.Array], Mixed] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The training step of a model.
+    """The training step of a model: (state, batch) -> (state, metrics); the state's averages stay as they are.
 
-    Args:
-        model: ``apply(variables, images, labels, train=...)`` gives logits [B, K].
-        optimizer: the gradient transformation of the parameters.
-        transform: (key, batch) to normalised, augmented images [B, H, W, C].
-        coefficients: {penalty: its weight in the loss}.
-        label_smoothing: in [0, 1).
-        mix: (key, images, labels) to images mixed in pairs; a mechanism and ``top1`` see the label of the greater part.
-
-    Returns:
-        (state, batch) -> (state, metrics), the metrics a dict of float32 scalars: ``loss``, each of its terms
-        as ``loss_NAME``, ``top1``, ``gradient_norm`` before clipping and, where a mechanism masks, ``masked_fraction``.
-        The state's averages stay as they are.
+    The metrics are float32 scalars: ``loss``, each of its terms as ``loss_NAME``, ``top1``, ``gradient_norm`` before
+    clipping and, where a mechanism masks, ``masked_fraction``. The model gives logits [B, K]; ``transform`` and ``mix``
+    are those of `dpa_jax.data.batch.Transforms`. Of mixed inputs a mechanism and ``top1`` see the label of the greater
+    part. ``coefficients`` has the weight of each penalty in the loss.
     """
 
     def train_step(state: TrainState, batch: Batch):
@@ -95,15 +87,10 @@ def make_train_step(
 
 @struct.dataclass
 class Evaluation:
-    """Sums over an evaluation, batch by batch; padded samples (label -1) count nowhere.
-
-    Attributes:
-        classification: top-1, top-5, and per-class counts.
-        terms: {term of the loss: Ratio}.
-    """
+    """Sums over an evaluation, batch by batch; padded samples (label -1) count nowhere."""
 
     classification: Classification
-    terms: dict[str, Ratio]
+    terms: dict[str, Ratio]  # of the loss
 
     def compute(self, coefficients: Mapping[str, float]) -> dict[str, jax.Array]:
         """``loss``, ``loss_NAME``, ``top1``, ``top5``, ``recall``, ``precision`` and ``f1`` of the whole split."""
@@ -116,23 +103,15 @@ class Evaluation:
 def make_eval_step(
     model: nn.Module, transform: Callable[[Batch], jax.Array]
 ) -> Callable[[dict[str, Any], Batch], Evaluation]:
-    """The evaluation of one batch.
+    """The evaluation of one batch: (variables, batch) -> Evaluation; ``transform`` makes the model's inputs of a batch.
 
-    Args:
-        model: as for `make_train_step`.
-        transform: a batch to the model's inputs.
-
-    Returns:
-        (variables, batch) -> Evaluation; add up those of a split's batches with ``jax.tree.map(jnp.add, ...)``.
+    The evaluations of a split's batches are added up with ``jax.tree.map(jnp.add, ...)``.
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch) -> Evaluation:
         logits, mutated = model.apply(variables, transform(batch), batch.labels, mutable=[RECORDS])
-        summary: Summary = summarize(mutated)
-        classification = Classification.empty(logits.shape[-1]).update(logits, batch.labels)
-        return Evaluation(
-            classification, {"cross_entropy": Ratio(*cross_entropy(logits, batch.labels)), **summary.terms}
-        )
+        terms = {"cross_entropy": Ratio(*cross_entropy(logits, batch.labels)), **summarize(mutated).terms}
+        return Evaluation(Classification.of(logits, batch.labels), terms)
 
     return eval_step
 

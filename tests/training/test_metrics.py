@@ -28,13 +28,13 @@ def predictions(num_classes, size, seed, classes=None):
 )
 def test_figures_equal_scikit_learn(num_classes, size, classes):
     logits, labels = predictions(num_classes, size, seed=num_classes, classes=classes)
-    counts = Classification.empty(num_classes)
-    update = jax.jit(Classification.update)
+    parts, of = [], jax.jit(Classification.of)
     for begin in range(0, size, 16):  # the last batch is padded
         part, truth = logits[begin : begin + 16], labels[begin : begin + 16]
         padding = 16 - len(truth)
         part = np.pad(part, ((0, padding), (0, 0)), constant_values=7.0)
-        counts = update(counts, part, np.pad(truth, (0, padding), constant_values=-1))
+        parts.append(of(part, np.pad(truth, (0, padding), constant_values=-1)))
+    counts = jax.tree.map(lambda *leaves: sum(leaves), *parts)
     figures = jax.jit(Classification.compute)(counts)
 
     guesses = logits.argmax(1)
@@ -56,20 +56,18 @@ def test_figures_equal_scikit_learn(num_classes, size, classes):
 
 
 def test_nothing_counted_gives_zeros():
-    figures = Classification.empty(4).compute()
+    figures = Classification.of(jnp.zeros((1, 4)), jnp.array([-1])).compute()
     assert {name: float(value) for name, value in figures.items()} == dict.fromkeys(figures, 0.0)
 
 
 def test_counts_do_not_depend_on_the_split_over_devices_or_batches():
     logits, labels = predictions(10, 64, seed=1)
     labels[5] = -1
-    whole = Classification.empty(10).update(logits, labels)
+    whole = Classification.of(logits, labels)
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-    sharded = jax.jit(Classification.update)(
-        Classification.empty(10), jax.device_put(logits, sharding), jax.device_put(labels, sharding)
-    )
-    first = Classification.empty(10).update(logits[:24], labels[:24])
-    merged = first.update(logits[24:], labels[24:])
+    sharded = jax.jit(Classification.of)(jax.device_put(logits, sharding), jax.device_put(labels, sharding))
+    parts = [Classification.of(logits[half], labels[half]) for half in (slice(24), slice(24, None))]
+    merged = jax.tree.map(jnp.add, *parts)
     for other in (sharded, merged):
         jax.tree.map(np.testing.assert_array_equal, whole, other)
 

@@ -20,7 +20,9 @@ def clock(monkeypatch):
 
 
 def epoch(stream, **options):
-    return Progress(2, 5, first_step=100, last_step=110, batch_size=64, stream=stream, **options)
+    shown = Progress(5, 64, stream=stream, **options)
+    shown.begin(2, 100, 110)
+    return shown
 
 
 def test_plain_lines_come_at_most_each_so_many_seconds_and_at_the_end(clock):
@@ -38,7 +40,8 @@ def test_plain_lines_come_at_most_each_so_many_seconds_and_at_the_end(clock):
 
 def test_images_per_second_and_time_left_after_a_resume_count_from_the_resume(clock):
     stream = io.StringIO()
-    shown = Progress(1, 1, first_step=96, last_step=110, batch_size=100, every=5, stream=stream)
+    shown = Progress(1, 100, every=5, stream=stream)
+    shown.begin(1, 96, 110)
     shown.update(100, {})
     shown.close()
     assert stream.getvalue() == "epoch 1/1, step 100/110: 40 images/s, 00:25 left\n"
