@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from dpa_jax.data.feeds.base import BaseFeed
 
 
+Shape = tuple[int | None, ...]
+
+
 class Batch(NamedTuple):
     """One global batch; axis 0 of every array is sharded over the mesh axis `"data"`.
 
@@ -54,7 +57,7 @@ class Mixed(NamedTuple):
 class ArraySpec:
     """Shape and dtype of an array of one example; a side that differs between examples is None."""
 
-    shape: tuple[int | None, ...]
+    shape: Shape
     dtype: np.dtype
 
     def __str__(self) -> str:
@@ -85,7 +88,7 @@ class Spec:
       num_classes: labels are 0 .. num_classes - 1.
       class_names: one a class, in the order of the labels.
       train_examples: the size of the training split.
-      test_examples: the size of the held-out split.
+      test_examples: that of the held-out split.
       metrics: what an evaluation reports.
 
     Raises:
@@ -101,7 +104,6 @@ class Spec:
     metrics: str = "classification"
 
     def __post_init__(self) -> None:
-        """See the class."""
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
 
@@ -114,11 +116,5 @@ class Spec:
         return {}
 
     def transforms(self, config: ConfigDict, train_feed: BaseFeed, eval_feed: BaseFeed) -> Transforms:
-        """What the training and the evaluation step do to a batch that a feed gives.
-
-        Args:
-          config: a run's configuration.
-          train_feed: of the training split.
-          eval_feed: of the held-out split.
-        """
+        """What the training and the evaluation step of a run do to a batch that its feed gives."""
         return Transforms(train=lambda _, batch: batch.inputs, evaluate=lambda batch: batch.inputs)

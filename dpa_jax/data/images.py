@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from dpa_jax.data.batch import ArraySpec, Spec, Transforms
+from dpa_jax.data.batch import ArraySpec, Shape, Spec, Transforms
 from dpa_jax.data.splits import Split
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ class ImageSpec(Spec):
     encoded: bool = False
 
     def __post_init__(self) -> None:
-        """See the class."""
         super().__post_init__()
         if len(self.inputs.shape) != 3 or self.inputs.dtype != np.uint8 or 0 in self.inputs.shape:
             raise ValueError(f"{self.name}: images must be uint8 [H, W, C] with no side 0, not {self.inputs}")
@@ -90,12 +89,7 @@ class ImageSpec(Spec):
 
 
 def image_spec(
-    name: str,
-    shape: tuple[int | None, ...],
-    class_names: tuple[str, ...],
-    train_examples: int,
-    test_examples: int,
-    **others: Any,
+    name: str, shape: Shape, class_names: tuple[str, ...], train_examples: int, test_examples: int, **others: Any
 ) -> ImageSpec:
     """An `ImageSpec` of uint8 images of this shape, [H, W, C]; `others` are further attributes of it."""
     inputs = ArraySpec(shape, np.dtype(np.uint8))
@@ -159,18 +153,9 @@ class _Taken(EncodedSplit):
 
 
 def decode(file: BinaryIO, channels: int, where: str) -> np.ndarray:
-    """Decodes a JPEG or a PNG of any colour mode.
+    """Decodes a JPEG or a PNG of any colour mode to uint8 [H, W, channels], grey (1) or RGB (3), without transparency.
 
-    Args:
-      file: the image.
-      channels: of the result: 1 (grey) or 3 (RGB). Transparency is dropped.
-      where: what an error calls the image.
-
-    Returns:
-      uint8 [H, W, channels].
-
-    Raises:
-      CorruptImageError: it is damaged, cut off, too large for Pillow, or neither JPEG nor PNG.
+    Raises CorruptImageError, which says `where`: it is damaged, cut off, too large for Pillow, or of another format.
     """
     with _open(file, where) as image:
         try:
