@@ -6,12 +6,13 @@ from dpa_jax.extras import require_train
 
 require_train(__name__)
 
+import functools
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from dpa_jax.data.sources.base import Source as Source
-from dpa_jax.data.sources.cifar import open_cifar10, open_cifar100
+from dpa_jax.data.sources.cifar import CIFAR10, CIFAR100, open_cifar
 from dpa_jax.data.sources.digits import open_digits
 from dpa_jax.data.sources.folder import open_folder
 from dpa_jax.data.sources.long_tail import long_tailed
@@ -21,8 +22,8 @@ from dpa_jax.data.sources.tfds import open_tfds
 
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": open_digits,
-    "cifar10": open_cifar10,
-    "cifar100": open_cifar100,
+    "cifar10": functools.partial(open_cifar, CIFAR10),
+    "cifar100": functools.partial(open_cifar, CIFAR100),
     "imagenet": open_folder,
     "imagenet100": open_folder,
     "folder": open_folder,

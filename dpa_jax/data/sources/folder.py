@@ -23,15 +23,9 @@ _GET = {"imagenet": _IMAGENET, "imagenet100": _IMAGENET + "ImageNet-100 is the f
 
 
 class FolderSplit(EncodedSplit):
-    """The images of a folder with one folder a class.
-
-    Args:
-      folder: the folder.
-      files: `{class: its files' names}`; the classes get the labels 0, 1, ... in this order.
-    """
+    """The images of `{class: its files' names}` in a folder with one folder a class; labels are in this order."""
 
     def __init__(self, folder: pathlib.Path, files: dict[str, list[str]]):
-        """See the class."""
         super().__init__(np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files.values()]))
         self._folders = [str(folder / name) for name in files]
         # One string and where its parts end: a million small strings would cost every worker 100 MB.
@@ -52,14 +46,8 @@ def open_folder(data: ConfigDict) -> Source:
     """A folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`.
 
     Images are JPEG or PNG by their names' endings; names that begin with a dot are left out. The classes have the
-    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes.
-
-    Args:
-      data: `dir` is the folder, `data/NAME` where it is empty.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: a class has no images, or is in one of the two splits only.
+    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes. `dir` is the
+    folder, `data/NAME` where it is empty.
     """
     root = pathlib.Path(data.dir or f"data/{data.name}").expanduser().absolute()
     if not root.is_dir():
