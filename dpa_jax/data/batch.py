@@ -38,19 +38,12 @@ class Batch(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """A batch whose examples are mixed in pairs.
+    """A batch whose examples are mixed in pairs; the target is weight * labels + (1 - weight) * others."""
 
-    Attributes:
-      inputs: a pytree of arrays [B, ...].
-      labels: int32 [B], of the example with the greater weight.
-      others: int32 [B], of the other example.
-      weight: float32 [], at least 0.5; the target is weight * labels + (1 - weight) * others.
-    """
-
-    inputs: Any
-    labels: jax.Array
-    others: jax.Array
-    weight: jax.Array
+    inputs: Any  # a pytree of arrays [B, ...]
+    labels: jax.Array  # int32 [B], of the example with the greater weight
+    others: jax.Array  # int32 [B], of the other example
+    weight: jax.Array  # float32 [], at least 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +58,12 @@ class ArraySpec:
 
 
 class Transforms(NamedTuple):
-    """What is done to a batch inside the compiled training and evaluation steps.
+    """What is done inside the compiled training and evaluation steps: a batch becomes the model's inputs.
 
-    Attributes:
-      train: (key, batch) -> the model's inputs.
-      evaluate: batch -> the model's inputs.
-      mix: (key, inputs, labels) -> Mixed, applied to what `train` returns; None: examples are not mixed.
+    `mix` takes what `train` returns, and the labels; None: examples are not mixed.
     """
 
-    train: Callable[[jax.Array, Batch], Any]
+    train: Callable[[jax.Array, Batch], Any]  # the first argument is a random key, as that of `mix`
     evaluate: Callable[[Batch], Any]
     mix: Callable[[jax.Array, Any, jax.Array], Mixed] | None = None
 

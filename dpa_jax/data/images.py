@@ -6,10 +6,12 @@ Nothing here imports JAX, so that the loader's worker processes need not.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import io
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -30,7 +32,6 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-_FORMATS = ("JPEG", "PNG")
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -117,12 +118,7 @@ class EncodedSplit(Split):
         """Image i as it is stored, JPEG or PNG."""
 
     def read(self, i: int) -> np.ndarray:
-        """Decodes image i to uint8 [H, W, 3].
-
-        Raises:
-          CorruptImageError: it cannot be decoded.
-          OSError: it cannot be read at all.
-        """
+        """Decodes image i to uint8 [H, W, 3]; CorruptImageError or, where it cannot be read at all, OSError."""
         with self.open(i) as file:
             # Read whole before it is decoded, so that a failing disk is not taken for a damaged image.
             encoded = io.BytesIO(file.read())
@@ -130,7 +126,7 @@ class EncodedSplit(Split):
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """Height, width and channels of image i, from its header alone; raises as `read` does."""
-        with self.open(i) as file, _open(file, self.where(i)) as image:
+        with self.open(i) as file, _opened(file, self.where(i)) as image:
             return image.height, image.width, self.channels
 
     def take(self, index: np.ndarray) -> EncodedSplit:
@@ -157,29 +153,20 @@ def decode(file: BinaryIO, channels: int, where: str) -> np.ndarray:
 
     Raises CorruptImageError, which says `where`: it is damaged, cut off, too large for Pillow, or of another format.
     """
-    with _open(file, where) as image:
-        try:
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
-                levels = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.asarray(Image.fromarray(levels).convert(_MODES[channels])).reshape(*levels.shape, channels)
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
-            return np.asarray(image.convert(_MODES[channels])).reshape(image.height, image.width, channels)
-        except _DAMAGE as error:
-            raise _corrupt(where, error) from error
+    with _opened(file, where) as image:
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
+        return np.asarray(image.convert(_MODES[channels])).reshape(image.height, image.width, channels)
 
 
-# What Pillow raises for damaged data of these formats.
-_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-
-
-def _open(file: BinaryIO, where: str) -> Image.Image:
+@contextlib.contextmanager
+def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
+    """The image in a file; what Pillow raises for damaged data of these formats becomes a CorruptImageError."""
     try:
-        return Image.open(file, formats=_FORMATS)
-    except _DAMAGE as error:
-        raise _corrupt(where, error) from error
-
-
-def _corrupt(where: str, error: Exception) -> CorruptImageError:
-    reason = "is neither a JPEG nor a PNG" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return CorruptImageError(f"{where} cannot be decoded: {reason}")
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = "is neither a JPEG nor a PNG" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise CorruptImageError(f"{where} cannot be decoded: {reason}") from error

@@ -35,14 +35,9 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
 
 
 def register(name: str, open_function: Callable[[ConfigDict], Source]) -> None:
-    """Makes a source known under a name.
+    """Makes a function of the configuration's `data` part known under a name; ValueError where that is taken.
 
-    Args:
-      name: for `config.data.name`; `PREFIX:NAME` stands for every name with this prefix.
-      open_function: (the configuration's `data` part) -> Source.
-
-    Raises:
-      ValueError: the name is taken.
+    The name is for `config.data.name`; `PREFIX:NAME` stands for every name with this prefix.
     """
     if name in SOURCES:
         raise ValueError(f"register: there is a data source {name!r} already")
@@ -53,8 +48,8 @@ def open_source(data: ConfigDict) -> Source:
     """A data set by its name; nothing is loaded yet.
 
     Args:
-      data: the configuration's `data` part. `name`: a key of `SOURCES`. `dir`, `download` and what else the source
-        takes. `imbalance`: see `long_tail`. `mean` and `std`: of images, in place of the source's own.
+      data: the configuration's `data` part: `name`, `dir`, `download` and what else the source takes, `imbalance` (see
+        `long_tail`), and `mean` and `std` of images in place of the source's own.
 
     Raises:
       ValueError: the name is unknown, or the data is not what it should be.

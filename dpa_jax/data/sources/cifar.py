@@ -47,14 +47,9 @@ class Archive:
         """The archive's file name."""
         return self.url.rsplit("/", 1)[-1]
 
-    @property
-    def members(self) -> dict[str, str]:
-        """`{member: MD5 sum}` of every file that is read."""
-        return {**self.train, **self.test}
 
-
-# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the sums are those its page publishes, and the
-# well-known ones of the files inside.
+# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the sums of the archives are those its page
+# publishes, the files' are well known.
 CIFAR10 = Archive(
     name="cifar10",
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -128,8 +123,8 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split
     looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
     raise FileNotFoundError(
         f"{archive.name} was not found. Looked for {archive.filename}, the folder {archive.folder} with "
-        f"{', '.join(archive.members)}, and a TFDS folder {archive.name}/VERSION prepared as array_record, "
-        f"in\n{looked_in}\nTo download it ({archive.url}) into a folder DIR and go on:\n"
+        f"{', '.join([*archive.train, *archive.test])}, and a TFDS folder {archive.name}/VERSION prepared as "
+        f"array_record, in\n{looked_in}\nTo download it ({archive.url}) into a folder DIR and go on:\n"
         f"  python train.py --config configs/{archive.name}_vit.py --config.data.download=True "
         "--config.data.dir=DIR\nor put the archive into DIR yourself and pass --config.data.dir=DIR."
     )
@@ -165,9 +160,7 @@ def extract(archive: Archive, packed: pathlib.Path) -> pathlib.Path:
     def admit(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         parts = pathlib.PurePosixPath(member.name).parts
         if not (member.isreg() or member.isdir()) or parts[:1] != (archive.folder,) or ".." in parts:
-            raise ValueError(
-                f"{packed} has the member {member.name!r}, which is not a plain file inside {archive.folder}"
-            )
+            raise ValueError(f"{packed}: its member {member.name!r} is not a plain file inside {archive.folder}")
         return tarfile.data_filter(member, path)
 
     with tempfile.TemporaryDirectory(dir=packed.parent, prefix=f".{archive.folder}.") as partial:
@@ -200,12 +193,9 @@ class _Unpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._admitted[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"the file asks for {module}.{name}, which no CIFAR file needs: it was not loaded"
-            ) from None
+        if (module, name) not in self._admitted:
+            raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR file needs")
+        return self._admitted[module, name]
 
 
 def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[ArraySplit, ArraySplit]:
@@ -228,7 +218,7 @@ def _find(roots: Iterable[pathlib.Path], name: str, is_it: Callable[[pathlib.Pat
 
 
 def _first_missing(archive: Archive, folder: pathlib.Path) -> str | None:
-    return next((member for member in archive.members if not (folder / member).is_file()), None)
+    return next((member for member in [*archive.train, *archive.test] if not (folder / member).is_file()), None)
 
 
 def _check_sum(path: pathlib.Path, expected: str, what: str, remedy: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpa_jax.data.sources import cache
 from dpa_jax.data.sources.base import Source
 
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGE = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
 _IMAGENET = (
     "ImageNet's images (ILSVRC2012) are to be had at https://www.image-net.org/download.php once you have agreed to "
     "their terms. "
@@ -82,14 +83,10 @@ def _files(folder: pathlib.Path) -> dict[str, list[str]]:
     def look() -> dict[str, list[str]]:
         with os.scandir(folder) as entries:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        return {name: sorted(filter(_is_image, os.listdir(folder / name))) for name in classes}
+        return {name: sorted(filter(_IMAGE.fullmatch, os.listdir(folder / name))) for name in classes}
 
     files = cache.remembered(f"folder {folder}", look, lambda files: [folder, *(folder / name for name in files)])
     empty = [name for name, images in files.items() if not images]
     if empty or not files:
         raise ValueError(f"there are no images in {folder / empty[0] if empty else folder}; wanted is {LAYOUT}")
     return files
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")

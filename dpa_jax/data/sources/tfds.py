@@ -94,20 +94,14 @@ def open_prepared(name: str, statistics: str, folder: pathlib.Path) -> Source:
 
     folder = folder.absolute()
     info = tfds.builder_from_directory(folder).info
-    features = dict(info.features.items())
+    features, kinds = dict(info.features.items()), tfds.features
     image, label = features.get("image"), features.get("label")
-    if (
-        not isinstance(image, tfds.features.Image)
-        or not isinstance(label, tfds.features.ClassLabel)
-        or image.np_dtype != np.uint8
-    ):
+    if not (isinstance(image, kinds.Image) and isinstance(label, kinds.ClassLabel) and image.np_dtype == np.uint8):
         raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
     held_out = (PreparedSplit(folder, split) for split in ("test", "validation") if split in info.splits)
     test = next((split for split in held_out if split.label(0) >= 0), None)
     if "train" not in info.splits or test is None:
-        raise ValueError(
-            f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
-        )
+        raise ValueError(f"{folder} needs splits train, and test or validation, with labels; it has {[*info.splits]}")
     train = PreparedSplit(folder, "train")
     encoded = None in image.shape or (len(train) + len(test)) * math.prod(image.shape) > _IN_MEMORY
     shape = (*image.shape[:2], 1 if image.shape[2] == 1 and not encoded else 3)
@@ -161,14 +155,11 @@ def _candidates(name: str, roots: Iterable[pathlib.Path]) -> list[tuple[pathlib.
     name, _, config = name.partition("/")
     found = []
     for root in roots:
-        files = [
-            path for depth in ("", f"{name}/*/", f"{name}/*/*/") for path in root.glob(f"{depth}dataset_info.json")
-        ]
-        versions = [(file.parent, {"fileFormat": "tfrecord", **json.loads(file.read_text())}) for file in files]
-        versions.sort(key=lambda version: [int(part) for part in re.findall(r"\d+", version[0].name)], reverse=True)
-        found += versions
-    return [
-        (folder, facts)
-        for folder, facts in found
-        if facts.get("name") == name and config in ("", facts.get("configName"))
-    ]
+        patterns = ("", f"{name}/*/", f"{name}/*/*/")
+        folders = [file.parent for pattern in patterns for file in root.glob(f"{pattern}dataset_info.json")]
+        folders.sort(key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.name)], reverse=True)
+        for folder in folders:
+            facts = {"fileFormat": "tfrecord", **json.loads((folder / "dataset_info.json").read_text())}
+            if facts.get("name") == name and config in ("", facts.get("configName")):
+                found.append((folder, facts))
+    return found
