@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from dpa_jax.data.feeds.base import BaseFeed
 
-
 Shape = tuple[int | None, ...]
 
 

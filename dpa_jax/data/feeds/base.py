@@ -41,7 +41,7 @@ class BaseFeed(abc.ABC):
     @property
     def split(self) -> Any:
         """The examples, which are read now if they were not."""
-        return self._open()
+        return self.load()
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -70,9 +70,9 @@ class BaseFeed(abc.ABC):
     def close(self) -> None:  # noqa: B027
         """Ends the threads or processes that read ahead for training, where there are any."""
 
-    def load(self) -> None:
-        """Reads what is read once, and puts on the devices what stays there; does nothing the second time."""
-        self._open()
+    def load(self) -> Any:
+        """Reads what is read once, puts on the devices what stays there, and returns the split; again: only that."""
+        return self._open()
 
     @abc.abstractmethod
     def train(self, step: int) -> Batch:

@@ -55,14 +55,9 @@ class MemoryFeed(BaseFeed):
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return split, jax.tree.map(lambda leaf: put(leaf.shape, everywhere, lambda at: leaf[at]), split.inputs)
 
-    @property
-    def split(self) -> ArraySplit:
-        """The examples, which are read now if they were not."""
+    def load(self) -> ArraySplit:
+        """Reads the examples, puts them on the devices where they wait there, and returns them; again: only that."""
         return self._stored()[0]
-
-    def load(self) -> None:
-        """Reads the examples, and puts them on the devices where they wait there."""
-        self._stored()
 
     def train(self, step: int) -> Batch:
         """The batch of a 0-based training step."""

@@ -98,11 +98,9 @@ def open_cifar(archive: Archive, data: ConfigDict) -> Source:
 def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split]:
     """Reads the training and the test split, extracting or downloading the set first where that is needed.
 
-    Args:
-      archive: which set.
-      directory: the archive file or the extracted folder itself, a folder with one of these in it or one level further
-        down, or with TFDS' `NAME/VERSION/`. Empty: `./data`, `~/data` and `~/tensorflow_datasets` are looked in.
-      download: fetch the archive into the directory (`./data` for an empty one) when it is nowhere.
+    The directory is the archive file or the extracted folder itself, a folder with one of these in it or one level
+    further down, or one with TFDS' `NAME/VERSION/`; empty: `./data`, `~/data` and `~/tensorflow_datasets` are tried.
+    With `download` the archive is fetched into it (`./data` for an empty one) when it is nowhere.
 
     Raises:
       FileNotFoundError: nothing found; says where it looked and how to get the data.

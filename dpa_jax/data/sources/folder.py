@@ -64,10 +64,9 @@ def open_folder(data: ConfigDict) -> Source:
                 f"{folder} has no folder {min(missing)!r}, a class that the other split has ({len(missing)} such "
                 f"classes); wanted is {LAYOUT}"
             )
-    counts = [len(names) for names in train_files.values()]
     splits = FolderSplit(train, train_files), FolderSplit(test, test_files)
     spec = image_spec(data.name, (None, None, 3), tuple(train_files), *map(len, splits), encoded=True)
-    return Source(spec, lambda: splits, lambda: counts)
+    return Source(spec, lambda: splits, lambda: [len(names) for names in train_files.values()])
 
 
 def _find(root: pathlib.Path, *names: str) -> pathlib.Path:

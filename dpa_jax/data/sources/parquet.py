@@ -81,8 +81,7 @@ def _find(root: pathlib.Path, *names: str) -> _Files:
     for name in names:
         for folder in (root, root / "data"):
             if paths := sorted(str(path) for path in folder.glob(f"{name}-*.parquet")):
-                files = _describe(paths)
-                if files is not None:
+                if files := _describe(paths):
                     return files
                 unlabelled = f" ({paths[0]} has no labels)"
     wanted = " or ".join(names)
