@@ -14,13 +14,6 @@ class Preemption:
 
     In a run of one process it catches SIGTERM while the `with` block lasts. In a run of several, JAX's own service
     catches it in whichever process gets it, and lets all of them stop after the same step.
-
-    Example:
-        with Preemption() as preemption:
-            for step in range(steps):
-                ...
-                if preemption.requested(step):
-                    break
     """
 
     def __init__(self) -> None:
