@@ -68,9 +68,10 @@ def test_the_modules_import_nothing_of_the_extra():
     assert imported & set(TRAIN) <= {"etils", "importlib_resources", "orbax"}  # which flax imports itself
 
 
-def test_the_program_imports_no_jax_of_its_own():
+@pytest.mark.parametrize("program", ["dpa_jax.train", "dpa_jax.compare.__main__"])
+def test_a_program_imports_no_jax_of_its_own(program):
     """The loader's worker processes import the program anew."""
-    assert not {"jax", "ml_collections"} & set(python(LOADED.format("import dpa_jax.train")))
+    assert not {"jax", "ml_collections"} & set(python(LOADED.format(f"import {program}")))
 
 
 def test_importing_a_module_defines_no_flag():
