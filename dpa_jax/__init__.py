@@ -25,26 +25,9 @@ if TYPE_CHECKING:
         supervise,
     )
 
-__all__ = [
-    "AIEC",
-    "ARR",
-    "COLLECTIONS",
-    "DPA",
-    "MUTABLE",
-    "RAA",
-    "Mechanism",
-    "Variable",
-    "activation",
-    "activations",
-    "data",
-    "models",
-    "nnx",
-    "penalties",
-    "register",
-    "reset_counters",
-    "summarize",
-    "supervise",
-]
+__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation", "penalties"]
+__all__ += ["register", "reset_counters", "summarize", "supervise"]
+__all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 
 

@@ -1,7 +1,5 @@
 """Early errors of one line for what configurations, models and activations are given."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math
@@ -19,6 +17,15 @@ def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) 
         nearest = " or ".join(map(repr, difflib.get_close_matches(str(value), allowed, cutoff=0.5)))
         hint = f" Did you mean {nearest}?" if nearest else ""
         raise ValueError(f"{owner}: {argument} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
+
+
+def add_factory(table: dict[str, Any], name: str, factory: Callable) -> None:
+    """Adds a factory to those by name; raises ValueError if the name is taken, TypeError if it cannot be called."""
+    if name in table:
+        raise ValueError(f"register: the name {name!r} is taken by {table[name]}; choose another")
+    if not callable(factory):
+        raise TypeError(f"register: factory must be a module class or another callable; got {factory!r}")
+    table[name] = factory
 
 
 def check_range(owner: str, argument: str, value: float, low: float | None = None, high: float | None = None) -> None:
@@ -48,12 +55,8 @@ def check_options(
 ) -> None:
     """Raises ValueError for an option that a module does not have, or whose type is not its default's.
 
-    Args:
-        owner: who is given the options, for the message.
-        factory: the module's class, or a callable with its attributes as parameters.
-        options: attributes by name.
-        group: what the message calls the options.
-        given: attributes that the caller sets itself; they are no options.
+    ``factory`` is the module's class or takes its attributes as parameters, of which the caller itself sets the
+    ``given`` ones; messages say that ``owner`` has ``options``, under the name ``group``.
     """
     parameters = inspect.signature(factory).parameters
     allowed = [name for name in parameters if name not in ("parent", "name", *given)]

@@ -9,8 +9,6 @@ A module with a command defines its flags in a function, so that importing it de
         main()
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import pathlib
@@ -26,21 +24,17 @@ from dpa_jax.extras import require_train
 # Of the configurations that come with dpa_jax: inside of an installed package, beside it in a clone.
 _FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]
 
+FlagFunction = Callable[[flags.FlagValues], None]
+"""Takes the object that holds the flags; their values are its attributes."""
+
 
 def run(
-    main: Callable[[flags.FlagValues], None],
-    define_flags: Callable[[flags.FlagValues], None],
-    argv: list[str] | None = None,
-    *,
-    default_config: str | None = None,
+    main: FlagFunction, define_flags: FlagFunction, argv: list[str] | None = None, *, default_config: str | None = None
 ) -> None:
-    """Reads a command line and runs its command.
+    """Reads a command line, the program's name and its arguments (None: the process's), and runs its command.
 
-    Args:
-        main: the command. It is given the values of all flags as attributes; ``config`` is the configuration.
-        define_flags: defines the flags of this command on the object that it is given.
-        argv: the name of the program and its arguments; None for those of the process.
-        default_config: the configuration where none is given, a name or a path; None where one must be.
+    ``define_flags`` defines the flags of this command; ``config``, the configuration, comes with them.
+    ``default_config`` is the configuration where none is given, a name or a path; None where one must be.
 
     Raises:
         SystemExit: with one line, for a mistake in the command line or in the configuration file, for a missing
@@ -64,9 +58,7 @@ def run(
         sys.exit(f"error: {error}")
 
 
-def parse(
-    define_flags: Callable[[flags.FlagValues], None], argv: list[str], *, default_config: str | None = None
-) -> flags.FlagValues:
+def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | None = None) -> flags.FlagValues:
     """The values of a command line's flags; as `run`, but mistakes raise ValueError."""
     from ml_collections import config_flags
 
@@ -99,14 +91,10 @@ def parse(
 
 
 def find_config(name: str) -> pathlib.Path:
-    """The file of a configuration.
+    """The file of a configuration: a path, or one that comes with dpa_jax.
 
-    Args:
-        name: its path, or the name of one that comes with dpa_jax: ``cifar100_vit``, also as a clone has it,
-            ``configs/cifar100_vit.py``.
-
-    Raises:
-        ValueError: if there is none; the message names those that come with dpa_jax.
+    The latter's names are ``cifar100_vit`` or, as a clone has it, ``configs/cifar100_vit.py``. Raises ValueError if
+    there is none; the message names those that come with dpa_jax.
     """
     folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
     own = {file.stem: file for file in sorted(folder.glob("*.py"))}
@@ -119,26 +107,18 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path:
-    """A folder under ``runs`` that tells one configuration from another.
+    """A folder under ``runs`` that tells one configuration from another; its name begins with ``prefix``.
 
-    Args:
-        options: of `parse`.
-        prefix: what the folder's name begins with.
-
-    Returns:
-        The folder, named after the configuration file and after what the command line changes in it, as in
-        ``runs/digits_vit,mechanism=relu,seed=1``. Keys that change no figure do not count; where a name gets long or
-        has characters that a file's name should not have, it ends with a hash of all changes.
+    It is named after the configuration file and after what the command line changes in it, as in
+    ``runs/digits_vit,mechanism=relu,seed=1``. Keys that change no figure do not count; where a name gets long or
+    has characters that a file's name should not have, it ends with a hash of all changes.
     """
     from ml_collections import config_flags
 
     from dpa_jax.config import changes_figures
 
-    changes = [
-        f"{key}={value}"
-        for key, value in sorted(config_flags.get_override_values(options["config"]).items())
-        if changes_figures(key)
-    ]
+    overrides = sorted(config_flags.get_override_values(options["config"]).items())
+    changes = [f"{key}={value}" for key, value in overrides if changes_figures(key)]
     stem = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
     name = ",".join([prefix + stem, *changes])
     safe = re.sub(r"[^\w.,=+-]+", "_", name)

@@ -1,34 +1,17 @@
 """Optional dependencies: a missing one is one line that names the extra to install."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 
 # What `pip install 'dpa_jax[train]'` brings, by the names under which it is imported.
-TRAIN = (
-    "etils",
-    "importlib_resources",
-    "matplotlib",
-    "ml_collections",
-    "orbax",
-    "PIL",
-    "platformdirs",
-    "pyarrow",
-    "sklearn",
-    "tensorboardX",
-    "tensorflow_datasets",
-    "tqdm",
-)
+TRAIN = ["etils", "importlib_resources", "matplotlib", "ml_collections", "orbax", "PIL", "platformdirs", "pyarrow"]
+TRAIN += ["sklearn", "tensorboardX", "tensorflow_datasets", "tqdm"]
 
 
 def require_train(package: str) -> None:
-    """Raises ImportError unless everything that training needs is installed.
+    """Raises ImportError, which names the package that is imported, unless all that training needs is installed.
 
     Where a command of dpa_jax is being run (``python -m dpa_jax.compare``), it ends with the error as its one line.
-
-    Args:
-        package: what is being imported, for the message.
     """
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if missing:

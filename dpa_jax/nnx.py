@@ -1,12 +1,11 @@
 """DPA, RAA, ARR and AIEC as Flax NNX modules: the same mathematics, the state in ``nnx.Variable``s.
 
 Settings, defaults and errors are those of the linen modules of the same names. What differs is where things are: the
-number of channels is given at construction, memories are attributes of the module, `value_and_grad` updates the
-backward memories, and `recorded` hands out what penalties are made of. ``docs/nnx.md`` has an example.
+number of channels is given at construction, as in ``DPA(num_classes, num_features, **options)``, memories are
+attributes of the module, `value_and_grad` updates the backward memories, and `recorded` hands out what penalties are
+made of. ``docs/nnx.md`` has an example.
 `dpa_jax.supervise`, `dpa_jax.penalties` and `dpa_jax.summarize` serve linen and NNX alike.
 """
-
-from __future__ import annotations
 
 import functools
 import inspect
@@ -20,23 +19,6 @@ from flax import nnx
 from dpa_jax import activations
 from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.checks import check_range
-
-__all__ = [
-    "AIEC",
-    "ARR",
-    "DPA",
-    "RAA",
-    "ActivityCounter",
-    "BackwardMemory",
-    "ForwardMemory",
-    "PenaltyRecords",
-    "ResponseMemory",
-    "Stateful",
-    "recorded",
-    "reset_counters",
-    "value_and_grad",
-    "variable_type",
-]
 
 
 class ForwardMemory(nnx.Variable):
@@ -85,12 +67,8 @@ class Stateful(nnx.Module):
 
         act = Tracker(num_features=64)
 
-    Class attributes:
-        mechanism: the linen module; a subclass sets it.
-
-    Attributes:
-        settings: the linen module that holds the settings.
-        KEY: for every key of the mechanism's ``kept``, an ``nnx.Variable`` of the type that `variable_type` says.
+    A subclass sets ``mechanism``, the linen module. Every key of the mechanism's ``kept`` is an attribute, an
+    ``nnx.Variable`` of the type that `variable_type` says; ``settings`` is the linen module that holds the settings.
 
     Args:
         *sizes: ``num_classes``, where the mechanism has it, and ``num_features``, the number of channels.
@@ -148,35 +126,28 @@ class Stateful(nnx.Module):
 
 
 class DPA(Stateful):
-    """Dual-Perspective Activation, `dpa_jax.DPA`: ``DPA(num_classes, num_features, **options)``.
-
-    Attributes ``forward_memory`` and ``backward_memory`` [K, C] float32, ``step`` [] int32.
-    """
+    """`dpa_jax.DPA` with attributes ``forward_memory`` and ``backward_memory`` [K, C] float32, ``step`` [] int32."""
 
     mechanism = activations.DPA
 
 
 class ARR(Stateful):
-    """Aggregated Response Regularisation, `dpa_jax.ARR`: ``ARR(num_classes, num_features, **options)``.
-
-    Attributes ``mean`` [K, C] float32 and ``count`` [K] int32.
-    """
+    """`dpa_jax.ARR` with attributes ``mean`` [K, C] float32 and ``count`` [K] int32."""
 
     mechanism = activations.ARR
 
 
 class AIEC(Stateful):
-    """Activation with Intrinsic-Extrinsic Consensus, `dpa_jax.AIEC`.
+    """`dpa_jax.AIEC` with attributes ``decision_weights`` [K, C] float32, drawn from ``rngs``, and int32 counters.
 
-    ``AIEC(num_classes, num_features, rngs=..., **options)``. Attributes ``decision_weights`` [K, C] float32; ``active``
-    and ``inhibited`` [K, C], ``total`` [K] and ``step`` [], int32.
+    They are ``active`` and ``inhibited`` [K, C], ``total`` [K] and ``step`` [].
     """
 
     mechanism = activations.AIEC
 
 
 class RAA(nnx.Module):
-    """Response-Adaptive Activation, `dpa_jax.RAA`: ``RAA(num_features, **options)``.
+    """`dpa_jax.RAA`, made as ``RAA(num_features, **options)``.
 
     ``nnx.Param`` attributes ``shift_kernel`` [C], [C, C] or none and ``shift_bias`` [] or [C], by the kind.
     """
@@ -198,21 +169,14 @@ class RAA(nnx.Module):
 
 
 def recorded(call: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A model's call that also returns what `dpa_jax.penalties` and `dpa_jax.summarize` take.
+    """A model's call, or that of a method as ``model.encode``, which also returns what `dpa_jax.penalties` takes.
 
     Example::
 
         logits, records = dpa_jax.nnx.recorded(model)(images, labels, train=True)
         loss += 5.0 * dpa_jax.penalties(records)["channel"]
 
-    Args:
-        call: an NNX module, or a method of one such as ``model.encode``.
-
-    Returns:
-        A function of the same arguments. Without labels the records are empty.
-
-    Raises:
-        TypeError: if ``call`` is neither.
+    Without labels the records are empty. Raises TypeError if ``call`` is no NNX module and no method of one.
     """
     model = call.__self__ if inspect.ismethod(call) else call
     if not isinstance(model, nnx.Module):
@@ -236,14 +200,9 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """``nnx.value_and_grad`` that also updates the model's backward memories.
 
-    Args:
-        loss_fn: a function of the model, first, and of what else it takes; returns the loss.
-        has_aux: whether it returns (loss, anything else) instead.
-        wrt: what to differentiate with respect to, as ``nnx.Optimizer`` takes it.
-
-    Returns:
-        A function of the same arguments; its result is that of ``loss_fn`` and the gradients of ``wrt``, for
-        ``optimizer.update(model, gradients)``.
+    ``loss_fn`` takes the model first and returns the loss or, with ``has_aux``, (loss, anything else). The result is a
+    function of the same arguments. It returns what ``loss_fn`` does and the gradients with respect to ``wrt``, for
+    ``optimizer.update(model, gradients)``.
     """
     state = nnx.DiffState(0, nnx.Any(wrt, BackwardMemory))
     differentiated = nnx.value_and_grad(loss_fn, argnums=state, has_aux=has_aux)
@@ -253,8 +212,7 @@ def value_and_grad(
         value, gradients = differentiated(model, *args, **kwargs)
         # The gradient with respect to a backward memory is its update.
         update, gradients = nnx.split_state(gradients, BackwardMemory, ...)
-        memory = nnx.state(model, BackwardMemory)
-        nnx.update(model, jax.tree.map(jnp.add, memory, update))
+        nnx.update(model, jax.tree.map(jnp.add, nnx.state(model, BackwardMemory), update))
         return value, gradients
 
     return value_and_gradients

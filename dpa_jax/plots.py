@@ -1,8 +1,5 @@
 """Pictures of what runs measured."""
 
-from __future__ import annotations
-
-import itertools
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,18 +24,13 @@ _COMPARISON_PANELS = {
 }
 _COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")
 _TRAIN_COLOUR, _RULE_COLOUR, _TEXT_COLOUR = "#9aa7b4", "#b8bec5", "#222222"
-_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": _TEXT_COLOUR}
+_LEGEND_STYLE: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": _TEXT_COLOUR}
 
 
 def plot_curves(history: History, path: str | pathlib.Path) -> None:
     """Draws a run's loss and top-1 over its epochs, and masked channels and learning rate where they were recorded.
 
-    Args:
-        history: the records of the run.
-        path: the picture to write; its ending tells the format.
-
-    Raises:
-        ValueError: there is no record with an `epoch`.
+    Raises ValueError if there is no record with an ``epoch``.
     """
 
     def draw(axes: Any, title: str, scale: float) -> None:
@@ -52,51 +44,38 @@ def plot_curves(history: History, path: str | pathlib.Path) -> None:
     panels = [title for title, lines in _RUN_PANELS.items() if any(key in recorded for key, _ in lines)]
     figure = _panels(panels, draw)
     first = figure.axes[0]
-    first.legend(*first.get_legend_handles_labels(), **_LEGEND)
+    first.legend(*first.get_legend_handles_labels(), **_LEGEND_STYLE)
     figure.savefig(path)
 
 
 def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.Path) -> None:
-    """Draws means over the seeds as lines, and one standard deviation (n - 1) to either side as bands.
+    """Draws means over the runs of each name as lines, and one standard deviation (n - 1) to either side as bands.
 
-    Args:
-        runs: {name: the records of each of its runs}.
-        path: the picture to write; its ending tells the format.
-
-    Raises:
-        ValueError: there is no record with an `epoch`.
+    Raises ValueError if there is no record with an ``epoch``.
     """
-    styles: dict[str, dict[str, Any]] = {
-        name: {"color": colour, "linestyle": "-" if place < len(_COLOURS) else "--", "linewidth": 1.4}
-        for place, (name, colour) in enumerate(zip(runs, itertools.cycle(_COLOURS), strict=False))
-    }
     lines = {}
 
     def draw(axes: Any, title: str, scale: float) -> None:
-        for name, histories in runs.items():
+        for place, (name, histories) in enumerate(runs.items()):
             if points := _points(histories, _COMPARISON_PANELS[title], scale):
-                lines[name] = _line(axes, points, **styles[name])
+                colour, style = _COLOURS[place % len(_COLOURS)], "-" if place < len(_COLOURS) else "--"
+                lines[name] = _line(axes, points, color=colour, linestyle=style, linewidth=1.4)
                 if len(histories) > 1:
-                    low, high = (
-                        [statistics.fmean(v) + sign * statistics.stdev(v) for v in points.values()] for sign in (-1, 1)
-                    )
-                    axes.fill_between(list(points), low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
+                    spreads = [(statistics.fmean(v), statistics.stdev(v)) for v in points.values()]
+                    low, high = [mean - spread for mean, spread in spreads], [mean + spread for mean, spread in spreads]
+                    axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
 
     recorded = _recorded([history for histories in runs.values() for history in histories])
     figure = _panels([title for title, key in _COMPARISON_PANELS.items() if key in recorded], draw, legend=0.3)
-    where = {"loc": "outside lower center", "ncols": min(len(lines), 6)}
-    figure.legend(lines.values(), lines.keys(), **where, **_LEGEND)
+    place = {"loc": "outside lower center", "ncols": min(len(lines), 6)}
+    figure.legend(lines.values(), lines.keys(), **place, **_LEGEND_STYLE)
     figure.savefig(path)
 
 
 def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], path: str | pathlib.Path) -> None:
     """Draws a table: a line above and below, one under the head, and before each row the colour of its curve.
 
-    Args:
-        title: above the table.
-        head: the names of the columns; the first one's cells stand at the left, the others' at the right.
-        rows: the cells.
-        path: the picture to write; its ending tells the format.
+    The cells of the first column stand at the left, the others' at the right.
     """
     from matplotlib.figure import Figure
 
@@ -115,9 +94,9 @@ def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], p
     tops = [height - 0.27 * i for i in range(len(rows) + 2)]
     axes.text(0, tops[0] - 0.13, title, va="center", fontsize=10, color=_TEXT_COLOUR)
     write(tops[1] - 0.13, head, color="#444444")
-    for row, top, colour in zip(rows, tops[2:], itertools.cycle(_COLOURS), strict=False):
+    for place, (row, top) in enumerate(zip(rows, tops[2:], strict=True)):
         write(top - 0.13, row, color=_TEXT_COLOUR)
-        axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=colour)
+        axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=_COLOURS[place % len(_COLOURS)])
     for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
         axes.plot([-0.15, right[-1] + 0.05], [y, y], color=_RULE_COLOUR, linewidth=0.8)
     figure.savefig(path)
@@ -156,8 +135,7 @@ def _panels(titles: Sequence[str], draw: Callable[[Any, str, float], None], lege
 
     rows = 2 if len(titles) == 4 else 1  # four abreast are too small to read on a page
     columns = len(titles) // rows
-    size = (3.4 * columns, 2.5 * rows + legend)
-    figure = Figure(figsize=size, dpi=160, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows + legend), dpi=160, layout="constrained", facecolor="white")
     for axes, title in zip(figure.subplots(rows, columns, squeeze=False).flat, titles, strict=True):
         draw(axes, title, 100.0 if title.endswith("(%)") else 1.0)
         axes.set_title(title, fontsize=10, loc="left", color=_TEXT_COLOUR)

@@ -1,7 +1,5 @@
 """Trains and evaluates: python -m dpa_jax.train --config NAME [--workdir DIR] [--config.KEY=VALUE ...] [--eval]."""
 
-from __future__ import annotations
-
 import pathlib
 import sys
 
@@ -11,27 +9,15 @@ from dpa_jax import command_line
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, or evaluates, as a command line says.
-
-    Args:
-        argv: the name of the program and its arguments; None for those of the process.
-
-    Raises:
-        SystemExit: with one line on what went wrong, where a user can mend it.
-    """
+    """Trains, or evaluates, as a command line says; `command_line.run` tells of ``argv`` and errors."""
     command_line.run(_train, _define_flags, argv, default_config="digits_vit")
 
 
 def _define_flags(options: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it.",
-        flag_values=options,
-    )
-    flags.DEFINE_bool(
-        "eval", False, "Evaluate the run's best and newest checkpoints, train nothing.", flag_values=options
-    )
+    workdir = "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it."
+    flags.DEFINE_string("workdir", None, workdir, flag_values=options)
+    evaluate = "Evaluate the run's best and newest checkpoints, train nothing."
+    flags.DEFINE_bool("eval", False, evaluate, flag_values=options)
     flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
 
 
@@ -57,9 +43,8 @@ def _train(options: flags.FlagValues) -> None:
 
 def _table(results: dict[int, dict[str, float]]) -> str:
     """One column a checkpoint, one line a figure; accuracies in percent."""
-    names = next(iter(results.values()))
     rows = [f"{'step':<20}" + "".join(f"{step:>12}" for step in results)]
-    for name in names:
+    for name in next(iter(results.values())):
         scale, unit = (1, "") if name.startswith("loss") else (100, " %")
         rows.append(f"{name + unit:<20}" + "".join(f"{scale * figures[name]:>12.4f}" for figures in results.values()))
     return "\n".join(rows)

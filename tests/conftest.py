@@ -9,6 +9,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # JAX_NUMPY_DTYPE_PROMOTION=strict stays off: flax's LayerNorm promotes bfloat16 to float32 implicitly.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Tests compile much and compute little: machine code that is not optimised halves their time. XLA's own passes stay on.
+# CI runs the core with XLA_FLAGS set to nothing, on the code that users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np

@@ -14,30 +14,9 @@ from dpa_jax.activations.raa import RAA
 from dpa_jax.activations.registry import activation, default_coefficients, register, reset_counters
 from dpa_jax.activations.supervision import supervise
 
-__all__ = [
-    "AIEC",
-    "ARR",
-    "COLLECTIONS",
-    "DPA",
-    "GDN",
-    "MUTABLE",
-    "RAA",
-    "Elementwise",
-    "Mechanism",
-    "Ratio",
-    "Record",
-    "Summary",
-    "Variable",
-    "activation",
-    "default_coefficients",
-    "penalties",
-    "register",
-    "remember_gradient",
-    "reset_counters",
-    "summarize",
-    "supervise",
-    "threshold",
-]
+__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism"]
+__all__ += ["Ratio", "Record", "Summary", "Variable", "activation", "default_coefficients", "penalties", "register"]
+__all__ += ["remember_gradient", "reset_counters", "summarize", "supervise", "threshold"]
 
 MUTABLE: tuple[str, ...]
 COLLECTIONS: tuple[str, ...]

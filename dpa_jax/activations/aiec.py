@@ -1,8 +1,6 @@
 """AIEC: Activation with Intrinsic-Extrinsic Consensus (Qiu et al., ICML 2026)."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
+from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
 from dpa_jax.checks import check_range
 
@@ -72,19 +70,15 @@ class AIEC(Mechanism):
         check_range("AIEC", "update_interval", self.update_interval, low=1)
 
     def plain(self, x: jax.Array) -> jax.Array:
-        """The threshold alone."""
-        return strict_threshold(x, self.tau)
+        """The threshold: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
+        return jnp.where(x <= self.tau, jnp.zeros((), x.dtype), x)
 
-    def observe(
-        self, x: jax.Array, labels: jax.Array, state: Mapping[str, jax.Array], train: bool, pool: Pool
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """As `Mechanism.observe`.
+    def observe(self, x: jax.Array, labels: jax.Array, state: State, train: bool, pool: Pool) -> Observed:
+        """As `Mechanism.observe`. Seen are pooled outputs [B, C] and the layer's own decision [B, K], with gradient.
 
-        What is seen: ``values`` [B, C] float32, the pooled outputs, with gradient; ``logits`` [B, K] float32, the
-        layer's own decision, with gradient; ``irrelevant`` [K, C] bool, the channels that both views find irrelevant to
-        a class; ``labels`` [B].
+        ``irrelevant`` [K, C] bool are the channels that both views find irrelevant to a class.
         """
-        y, weights = strict_threshold(x, self.tau), state["decision_weights"]
+        y, weights = self.plain(x), state["decision_weights"]
         values = pool(y)
         logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
         counters = {name: state[name] for name in ("active", "inhibited", "total")}
@@ -92,10 +86,7 @@ class AIEC(Mechanism):
         if train:
             step = (step + 1) % self.update_interval
             counted = count_activity(values, logits, labels, self.axis_name)
-            counters = {
-                name: old + jnp.where(step == 0, new, 0)
-                for (name, old), new in zip(counters.items(), counted, strict=True)
-            }
+            counters = {name: old + jnp.where(step == 0, counted[name], 0) for name, old in counters.items()}
         # The sign of (active - inhibited) / total, of which the total is positive.
         irrelevant = (counters["active"] <= counters["inhibited"]) & (weights <= 0)
         seen = {"values": values, "logits": logits, "irrelevant": irrelevant, "labels": labels}
@@ -125,19 +116,10 @@ def consensus_mask(record: Record) -> jax.Array:
     return jax.vmap(mem.recall)(record.seen["irrelevant"], record.seen["labels"])
 
 
-def count_activity(
-    values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def count_activity(values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None) -> dict[str, Any]:
     """Over the samples that the layer itself classifies correctly, how often each channel was on and off.
 
-    Args:
-        values: [B, C], pooled activations, at least 0.
-        logits: [B, K].
-        labels: [B] integers; invalid ones are never classified correctly.
-        axis_name: the mapped axis over which the batch is spread, if any.
-
-    Returns:
-        Active and inhibited, [K, C] int32, and total, [K] int32.
+    Counts are int32: ``active`` and ``inhibited`` [K, C], ``total`` [K]. Invalid labels count nowhere.
     """
     correct = jnp.argmax(logits, axis=-1) == labels
     classes = jnp.arange(logits.shape[-1])
@@ -145,9 +127,4 @@ def count_activity(
     # Zeros and ones are exact in every precision of the product, and so are their sums up to 2^24.
     active = jnp.matmul(members.T.astype(jnp.float32), (values > 0).astype(jnp.float32)).astype(jnp.int32)
     active, total = mem.sum_devices((active, jnp.sum(members, axis=0, dtype=jnp.int32)), axis_name)
-    return active, total[:, None] - active, total
-
-
-def strict_threshold(x: jax.Array, tau: float) -> jax.Array:
-    """The threshold of AIEC: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
-    return jnp.where(x <= tau, jnp.zeros((), x.dtype), x)
+    return {"active": active, "inhibited": total[:, None] - active, "total": total}

@@ -1,17 +1,15 @@
 """ARR: the Aggregated Response Regularisation (Qiu et al., ICLR 2024, "Dynamic Neural Response Tuning")."""
 
-from __future__ import annotations
-
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
+from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
 from dpa_jax.checks import check_range
 
@@ -69,22 +67,18 @@ class ARR(Mechanism):
         """The identity."""
         return x
 
-    def observe(
-        self, x: jax.Array, labels: jax.Array, state: Mapping[str, jax.Array], train: bool, pool: Pool
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """As `Mechanism.observe`.
+    def observe(self, x: jax.Array, labels: jax.Array, state: State, train: bool, pool: Pool) -> Observed:
+        """As `Mechanism.observe`. Seen are the pooled responses [B, C], with gradient, and what makes their means.
 
-        What is seen: ``values`` [B, C] float32, the pooled responses, with gradient; ``recalled`` [B, C] float32, each
-        sample's row of the memory before this batch; ``labels`` [B]; ``counted`` [B] bool, the samples that the penalty
-        is over; ``steps``, how each sample moves its class's row, or None where the memory is only read.
+        ``recalled`` [B, C] is each sample's row of the memory before this batch; ``counted`` [B] bool, the samples that
+        the penalty is over; ``steps``, how each sample moves its class's row, or None where the memory is only read.
         """
         values = pool(x)
         seen = {"values": values, "recalled": mem.recall(state["mean"], labels), "labels": labels}
         if not train:
             return x, {}, seen | {"counted": mem.recall(state["count"], labels) > 0, "steps": None}
-        steps, weights, count = response_steps(
-            labels, state["count"], self.momentum, self.update_interval, self.axis_name
-        )
+        settings = self.momentum, self.update_interval, self.axis_name
+        steps, weights, count = response_steps(labels, state["count"], *settings)
         mean = mem.update_memory(state["mean"], jax.lax.stop_gradient(values), weights)
         counted = mem.valid_labels(labels, self.num_classes)
         return x, {"mean": mean, "count": count}, seen | {"counted": counted, "steps": steps}
@@ -114,17 +108,9 @@ def response_steps(
     Sample i is its class's n_i-th, counted from 0 over the whole training. It enters where n_i is a multiple of the
     interval u; ceil(n / u) of the first n samples did, so all the weights follow from counts and ranks.
 
-    Args:
-        labels: [B] integers; invalid ones take no part.
-        count: [K] int32, the samples of each class before this batch.
-        momentum: weight m of a new value; a class's first value has weight 1.
-        update_interval: u.
-        axis_name: the mapped axis over which the batch is spread, if any.
-
-    Returns:
-        Each sample's step of its class's row in batch order, ``row <- keep * row + gain * value``: ``keep`` and
-        ``gain``, [B] float32, of which the gain is 1 for a class's very first sample and 0 for one that is passed over;
-        the weights of the batch as a whole; the new count [K].
+    ``count`` [K] int32 are the samples of each class before this batch. Returns each sample's step in batch order,
+    ``row <- keep * row + gain * value``: ``keep`` and ``gain``, [B] float32, of which the gain is 1 for a class's very
+    first sample and 0 for one that is passed over; the weights of the batch as a whole; the new count.
     """
     num_classes = count.shape[0]
     labels = mem.gather_labels(labels, axis_name)

@@ -1,7 +1,5 @@
 """The activations that the papers compare with, under one signature."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,80 +9,70 @@ import jax.numpy as jnp
 from dpa_jax.checks import check_floating, check_range
 
 
-class Elementwise(nn.Module):
-    """A plain function as an activation module, with the signature that all activations here share.
+class Stateless(nn.Module):
+    """Base class of activations without a memory, under the signature that all activations here share."""
 
-    Attributes:
-        function: from an array to one of the same shape.
-    """
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Applies the activation to ``x`` [..., C]; ``labels`` and ``train`` change nothing."""
+        del labels, train
+        return self._activate(x)
+
+    def _activate(self, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+class Elementwise(Stateless):
+    """A plain function, from an array to one of the same shape, as an activation module."""
 
     function: Callable[[jax.Array], jax.Array]
 
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the function to ``x``; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         return self.function(x)
 
 
-class ELU(nn.Module):
+class ELU(Stateless):
     """Exponential linear unit (Clevert et al., 2016): ``x`` where positive, ``alpha * (exp(x) - 1)`` elsewhere."""
 
     alpha: float = 1.0
 
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the function to ``x``; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         return jax.nn.elu(x, self.alpha)
 
 
-class LeakyReLU(nn.Module):
+class LeakyReLU(Stateless):
     """Leaky ReLU (Maas et al., 2013): ``x`` where positive, ``negative_slope * x`` elsewhere."""
 
     negative_slope: float = 0.01
 
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the function to ``x``; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         return jax.nn.leaky_relu(x, self.negative_slope)
 
 
-class PReLU(nn.Module):
-    """Parametric ReLU (He et al., 2015): a leaky ReLU that learns the slope of each channel.
+class PReLU(Stateless):
+    """Parametric ReLU (He et al., 2015): a leaky ReLU that learns each channel's slope.
 
-    Variables:
-        ``params``: ``negative_slope`` [C] float32.
-
-    Attributes:
-        initial_slope: every channel's slope at the start.
+    Its parameter is ``negative_slope`` [C] float32, at the start ``initial_slope`` everywhere.
     """
 
     initial_slope: float = 0.25
 
     @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the activation to ``x`` [..., C]; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         check_floating("PReLU", x)
         slope = self.param("negative_slope", nn.initializers.constant(self.initial_slope), x.shape[-1:])
         return jnp.where(x >= 0, x, jnp.broadcast_to(slope.astype(x.dtype), x.shape) * x)
 
 
-class LearnableSwish(nn.Module):
+class LearnableSwish(Stateless):
     """Swish with its trainable beta (Ramachandran et al., 2017, section 4): ``x * sigmoid(beta * x)``.
 
-    Variables:
-        ``params``: ``beta`` [] float32.
-
-    Attributes:
-        initial_beta: at 1 it starts as SiLU.
+    Its parameter is ``beta`` [] float32, at the start ``initial_beta``; with 1 it starts as SiLU.
     """
 
     initial_beta: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the activation to ``x`` [...]; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         check_floating("LearnableSwish", x)
         beta = self.param("beta", nn.initializers.constant(self.initial_beta), ())
         return x * jax.nn.sigmoid(beta.astype(x.dtype) * x)
@@ -106,26 +94,17 @@ def _lower_bound_backward(free, gradient):
 
 lower_bound.defvjp(_lower_bound_forward, _lower_bound_backward)
 
-PEDESTAL = 2.0**-36
-"""GDN's squares are taken above it, so that a weight of 0 still has a gradient."""
-
-MINIMUM_BETA = 1e-6
-"""GDN's least beta: an input of zeros must not divide by zero."""
+PEDESTAL = 2.0**-36  # GDN's squares are taken above it, so that a weight of 0 still has a gradient
+MINIMUM_BETA = 1e-6  # GDN's least beta: an input of zeros must not divide by zero
 
 
-class GDN(nn.Module):
+class GDN(Stateless):
     """Generalised divisive normalisation (Balle et al., 2016): each channel is divided by its neighbours' energy.
 
     ``y_i = x_i / sqrt(beta_i + sum_j gamma_ij x_j^2)`` over the channels, the last axis. As published, what is
-    learned are ``sqrt(beta + 2^-36)`` and ``sqrt(gamma + 2^-36)``, bounded from below by `lower_bound`: beta stays
-    at least 1e-6 and gamma at least 0, and none stays there if the loss wants it larger. At the start beta is 1
-    and gamma the identity times ``initial_gamma``.
-
-    Variables:
-        ``params``: ``beta_root`` [C] and ``gamma_root`` [C, C] (row i, column j), float32.
-
-    Attributes:
-        initial_gamma: gamma's diagonal at the start, at least 0.
+    learned are ``beta_root = sqrt(beta + 2^-36)`` [C] and ``gamma_root = sqrt(gamma + 2^-36)`` [C, C] (row i, column
+    j), float32, bounded from below by `lower_bound`: beta stays at least 1e-6 and gamma at least 0, and none stays
+    there if the loss wants it larger. At the start beta is 1 and gamma the identity times ``initial_gamma``.
 
     Raises:
         ValueError: for a negative ``initial_gamma``, and for an input that is not floating.
@@ -138,9 +117,7 @@ class GDN(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Normalises ``x`` [..., C], of any floating dtype, in it; ``labels`` and ``train`` change nothing."""
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         check_floating("GDN", x)
         channels = x.shape[-1]
         beta = self._positive("beta_root", lambda: jnp.ones(channels), MINIMUM_BETA)

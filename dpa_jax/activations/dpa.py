@@ -1,16 +1,14 @@
 """DPA: the Dual-Perspective Activation (Qiu et al., NeurIPS 2024)."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations import memory as mem
-from dpa_jax.activations.mechanism import Mechanism, Pool, Variable
+from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
 from dpa_jax.checks import check_choice, check_range
 
@@ -104,15 +102,12 @@ class DPA(Mechanism):
         """The threshold alone."""
         return threshold(x, self.tau)
 
-    def observe(
-        self, x: jax.Array, labels: jax.Array, state: Mapping[str, jax.Array], train: bool, pool: Pool
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """As `Mechanism.observe`. What is seen are rows [B, C] float32 and labels [B].
+    def observe(self, x: jax.Array, labels: jax.Array, state: State, train: bool, pool: Pool) -> Observed:
+        """As `Mechanism.observe`. Seen are the pooled inputs [B, C], with gradient, and what decides on the mask.
 
-        ``values`` are the pooled inputs, with gradient; ``forward`` and ``backward`` each sample's rows of the memories
-        before this batch; ``update`` is a bool scalar, whether this call updates the memories.
+        ``forward`` and ``backward`` [B, C] are each sample's rows of the memories before this batch.
         """
-        y, values = threshold(x, self.tau), pool(x)
+        y, values = self.plain(x), pool(x)
         seen = {
             "values": values,
             "forward": mem.recall(state["forward_memory"], labels),
@@ -125,9 +120,8 @@ class DPA(Mechanism):
         step = (state["step"] + 1) % self.update_interval
         update = step == 0
         weights = mem.update_weights(labels, self.num_classes, self.momentum, self.axis_name)
-        y = mem.remember_gradient(
-            functools.partial(mem.sign_update, pool), y, state["backward_memory"], weights, update
-        )
+        sign_update = functools.partial(mem.sign_update, pool)
+        y = mem.remember_gradient(sign_update, y, state["backward_memory"], weights, update)
         forward = mem.update_memory(state["forward_memory"], jax.lax.stop_gradient(values), weights)
         forward = jnp.where(update, forward, state["forward_memory"])
         return y, {"forward_memory": forward, "step": step}, seen | {"update": update}
@@ -137,10 +131,9 @@ class DPA(Mechanism):
         """The channel loss over all layers together: the mean of v^2 over all masked entries."""
         channel = masked = Ratio.zero()
         for record in records:
-            act, values, labels = record.settings, record.seen["values"], record.seen["labels"]
-            mask = joint_mask(record)
+            act, values, mask = record.settings, record.seen["values"], joint_mask(record)
             count = jnp.sum(mask, dtype=jnp.float32)
-            labelled = jnp.sum(mem.valid_labels(labels, act.num_classes), dtype=jnp.float32)
+            labelled = jnp.sum(mem.valid_labels(record.seen["labels"], act.num_classes), dtype=jnp.float32)
             total = jnp.sum(jnp.where(mask, jnp.square(values), 0.0))
             channel += Ratio(total, count).share(act.axis_name)
             masked += Ratio(count, labelled * values.shape[-1]).share(act.axis_name)
@@ -148,14 +141,7 @@ class DPA(Mechanism):
 
 
 def joint_mask(record: Record) -> jax.Array:
-    """The channels that have nothing to do with each sample's class (the joint criterion).
-
-    Args:
-        record: a DPA's, with a leading axis of L layers on every array.
-
-    Returns:
-        [L, B, C] bool, False for samples without a label.
-    """
+    """The channels that have nothing to do with a sample's class, [L, B, C] bool of L layers; False if unlabelled."""
     act, seen = record.settings, record.seen
     values = jax.lax.stop_gradient(seen["values"])
 

@@ -1,12 +1,9 @@
 """The shape that all mechanisms have, and the linen module that runs any of them.
 
-A mechanism is settings, the variables that it keeps, the penalties that it may add to a loss, and three functions:
-`Mechanism.plain`, `Mechanism.observe` and `Mechanism.summarize`. `Mechanism` does everything else for linen and
-`dpa_jax.nnx.Stateful` for NNX: they make the variables, take labels from `supervise`, check shapes, write memories back
-and hand out what was seen to `dpa_jax.penalties`.
+A mechanism is settings, the variables that it keeps, the penalties that it may add to a loss, and the functions
+`plain`, `observe` and `summarize`. `Mechanism`, for linen, and `dpa_jax.nnx.Stateful` make the variables, take labels
+from `supervise`, check shapes, write memories back and record for `dpa_jax.penalties`.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -27,6 +24,8 @@ from dpa_jax.checks import check_choice, check_labels, check_range
 
 Pool = Callable[[jax.Array], jax.Array]
 """From an array of the input's shape to one float32 vector per sample, [B, C]."""
+State = Mapping[str, jax.Array]
+Observed = tuple[jax.Array, dict[str, jax.Array], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Variable:
             (`dpa_jax.activations.memory.remember_gradient`), any other name for what `Mechanism.observe` returns anew.
         name: its name in the collection.
         axes: its shape in letters, ``"K"`` for the classes, ``"C"`` for the channels; ``""`` for a scalar.
-        dtype: its dtype.
         start: the initializer, called as ``start(key, shape, dtype)``; the key is None outside of ``params``.
         resets: whether `dpa_jax.reset_counters` returns it to its start.
     """
@@ -95,9 +93,7 @@ class Mechanism(nn.Module):
         """The activation alone, as inference has it: [...] -> [...]."""
         raise NotImplementedError
 
-    def observe(
-        self, x: jax.Array, labels: Any, state: Mapping[str, jax.Array], train: bool, pool: Pool
-    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    def observe(self, x: jax.Array, labels: Any, state: State, train: bool, pool: Pool) -> Observed:
         """The activation with its state.
 
         Args:
@@ -117,9 +113,8 @@ class Mechanism(nn.Module):
     def summarize(records: Sequence[Record]) -> Summary:
         """What all modules of this class saw in one call of the model, summed up.
 
-        Args:
-            records: those of equal shapes and settings as one, with a leading axis of layers on each array of
-                ``record.seen``; ``record.settings`` is the mechanism.
+        Records of equal shapes and settings are one: each array of ``record.seen`` has a leading axis of layers, and
+        ``record.settings`` is the mechanism.
         """
         del records
         return Summary()
@@ -137,16 +132,13 @@ class Mechanism(nn.Module):
         """Applies the activation and, given labels, takes part in the penalties.
 
         Args:
-            x: [B, ..., C], of a rank that the pool takes; any floating dtype.
+            x: [B, ..., C], of a rank that the pool takes; any floating dtype. The output is like it.
             labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
                 it the plain activation and nothing else.
             train: whether the state is updated. Without, it is read for the penalties where the call's ``mutable``
                 asks for them.
             pool: as the attribute, where that is not set.
             rows_per_sample: R, where ``x`` has B * R rows, R after each other for each sample.
-
-        Returns:
-            Array of the shape and dtype of ``x``.
 
         Raises:
             ValueError: for labels, inputs or memories whose shapes do not fit, a collection that is missing, or a pool
@@ -187,24 +179,16 @@ class Mechanism(nn.Module):
     @nn.nowrap
     def pool_of(self, pool: str | None, rows_per_sample: int) -> Pool:
         """The pool of a call: the attribute's or the call's, ``"token"`` where neither says."""
-        attribute = getattr(self, "pool", None)
+        owner, attribute = type(self).__name__, getattr(self, "pool", None)
         if pool is not None:
-            check_choice(type(self).__name__, "pool", pool, mem.POOLS)
-        unsaid = attribute is None and pool is None
-        how = "token" if unsaid else nn.merge_param("pool", attribute, pool)
-        check_range(type(self).__name__, "rows_per_sample", rows_per_sample, low=1)
+            check_choice(owner, "pool", pool, mem.POOLS)
+        how = "token" if attribute is None and pool is None else nn.merge_param("pool", attribute, pool)
+        check_range(owner, "rows_per_sample", rows_per_sample, low=1)
         return functools.partial(mem.pool, how=how, rows_per_sample=rows_per_sample)
 
     @nn.nowrap
     def call(
-        self,
-        x: jax.Array,
-        labels: jax.Array | None,
-        train: bool,
-        recording: bool,
-        read: Callable[[], dict[str, jax.Array]],
-        pool: Pool,
-        rows_per_sample: int,
+        self, x: jax.Array, labels: Any, train: bool, recording: bool, read: Callable[[], State], pool: Pool, rows: int
     ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
         """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
@@ -217,11 +201,11 @@ class Mechanism(nn.Module):
         if (labels is None and self.class_wise) or not (train or recording):
             return self.plain(x), {}, None
         owner, state = type(self).__name__, read()
-        if x.shape[0] % rows_per_sample:
-            raise ValueError(f"{owner}: {rows_per_sample} rows per sample do not divide the input's {x.shape[0]}")
+        if x.shape[0] % rows:
+            raise ValueError(f"{owner}: {rows} rows per sample do not divide the input's {x.shape[0]}")
         if labels is not None:
             labels = jnp.asarray(labels)
-            check_labels(owner, x, labels, rows_per_sample)
+            check_labels(owner, x, labels, rows)
         for key, variable in self.kept.items():
             shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
             if state[key].shape != shape:
@@ -246,17 +230,11 @@ def outermost_module() -> nn.Module:
     return next(module for module in linen_module._context.module_stack if module is not None)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Call:
     """Which ``apply`` records were made in. Equal to any other: it must not make JAX compile anew."""
 
-    def __init__(self, model: weakref.ref[nn.Module]):
-        self.model = model
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Call)
-
-    def __hash__(self) -> int:
-        return hash(_Call)
+    model: weakref.ref[nn.Module] = dataclasses.field(compare=False)
 
 
 class _Recorded(struct.PyTreeNode):

@@ -16,8 +16,6 @@ Inside of ``shard_map``, ``pmap`` or ``vmap`` an ``axis_name`` says over which m
 device holds B samples of a global batch, which is the devices' batches one after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,37 +28,22 @@ POOLS = ("token", "mean", "none", "auto")
 
 
 def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
-    """One float32 vector per sample.
+    """One float32 vector per sample, [B, C]; `DPA` says how. ``x`` [B * R, ...] of R rows per sample is [B, R, ...].
 
-    Args:
-        x: [B, N, C] for ``"token"`` (the first token), [B, ..., C] for ``"mean"`` (over every axis between
-            batch and channels), [B, C] for ``"none"``. ``"auto"`` goes by the rank: none for [B, C], token for
-            [B, N, C], mean for all others.
-        how: one of `POOLS`.
-        rows_per_sample: R, where ``x`` has B * R rows: it is then taken as [B, R, ...].
-
-    Returns:
-        [B, C] float32.
-
-    Raises:
-        ValueError: if the rank of ``x`` does not fit the pool.
+    Raises ValueError if the rank of ``x`` does not fit the pool.
     """
     if rows_per_sample > 1:
         x = x.reshape(-1, rows_per_sample, *x.shape[1:])
     if how == "auto":
         how = {2: "none", 3: "token"}.get(x.ndim, "mean")
     if how == "token" and x.ndim == 3:
-        pooled = x[:, 0]
-    elif how == "mean" and x.ndim >= 3:
+        return x[:, 0].astype(jnp.float32)
+    if how == "mean" and x.ndim >= 3:
         return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=jnp.float32)
-    elif how == "none" and x.ndim == 2:
-        pooled = x
-    else:
-        wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
-        if how not in wanted:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {how!r}")
-        raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
-    return pooled.astype(jnp.float32)
+    if how == "none" and x.ndim == 2:
+        return x.astype(jnp.float32)
+    wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
+    raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
 
 
 def gather_labels(labels: jax.Array, axis_name: str | None) -> jax.Array:
@@ -91,10 +74,7 @@ def sum_devices(tree: Any, axis_name: str | None) -> Any:
 class UpdateWeights:
     """What the labels of a batch do to a memory: ``new = keep[:, None] * old + add.T @ values``.
 
-    Attributes:
-        keep: [K] float32, what is left of each old row.
-        add: [B, K] float32, the weight of each sample in each row.
-        axis_name: the mapped axis whose devices' products are to be summed, if any.
+    ``keep`` [K] float32, what is left of each row; ``add`` [B, K] float32, the weight of each sample in each row.
     """
 
     keep: jax.Array
@@ -120,14 +100,7 @@ def valid_labels(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def update_weights(labels: jax.Array, num_classes: int, momentum: float, axis_name: str | None = None) -> UpdateWeights:
-    """The closed form's weights, exact for repeated classes; linear in the batch (a sort of the labels aside).
-
-    Args:
-        labels: [B] integers.
-        num_classes: K.
-        momentum: weight of the new value, in [0, 1].
-        axis_name: the mapped axis over which the batch is spread, if any.
-    """
+    """The closed form's weights of labels [B], exact for repeated classes; linear in the batch but for a sort."""
     labels = gather_labels(labels, axis_name)
     labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
     ranks, counts = class_ranks(labels, num_classes)
@@ -145,16 +118,7 @@ def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int, axis_
 
 
 def update_memory(memory: jax.Array, values: jax.Array, weights: UpdateWeights) -> jax.Array:
-    """The memory after all samples of the batch.
-
-    Args:
-        memory: [K, C] float32.
-        values: [B, C] float32.
-        weights: `update_weights` of the batch's labels.
-
-    Returns:
-        [K, C] float32, the same on all devices of the weights' axis.
-    """
+    """The memory [K, C] after all samples of the batch, whose values are [B, C]; the same on all devices."""
     # HIGHEST: accelerators would round the values to bfloat16 or TF32 in a default product.
     sums = jnp.matmul(weights.add.T, values, precision=jax.lax.Precision.HIGHEST)
     return weights.keep[:, None] * memory + sum_devices(sums, weights.axis_name)
@@ -168,18 +132,7 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
 def prefix_means(
     recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | None = None
 ) -> jax.Array:
-    """What each sample finds in its class's row right after its own update, later samples not yet in.
-
-    Args:
-        recalled: [B, C] float32, the rows before the batch (`recall`).
-        values: [B, C] float32.
-        labels: [B] integers.
-        momentum: weight of the new value.
-        axis_name: the mapped axis over which the batch is spread, if any.
-
-    Returns:
-        [B, C] float32, in batch order.
-    """
+    """Each sample's row of its class right after its own update, [B, C]; ``recalled`` are those before the batch."""
     decay = jnp.full(labels.shape, 1.0 - momentum, jnp.float32)
     return prefix_rows(recalled, decay, momentum * values, labels, axis_name)
 
@@ -187,20 +140,10 @@ def prefix_means(
 def prefix_rows(
     recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
-    """The rows along ``row <- factor_i * row + term_i``, each sample moving the row of its own class.
+    """Each sample's row [B, C] right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
 
     A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
-    batch, depth logarithmic, no B x B matrix.
-
-    Args:
-        recalled: [B, C] float32, the rows before the batch (`recall`).
-        factors: [B] float32.
-        terms: [B, C] float32.
-        labels: [B] integers.
-        axis_name: the mapped axis over which the batch is spread, if any; the terms of all devices are gathered.
-
-    Returns:
-        [B, C] float32, in batch order: each sample's row right after its own step.
+    batch, depth logarithmic, no B x B matrix. ``recalled`` and ``terms`` are [B, C], ``factors`` and ``labels`` [B].
     """
     labels = gather_labels(labels, axis_name)
     order = jnp.argsort(labels, stable=True)
@@ -223,17 +166,11 @@ def prefix_rows(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def remember_gradient(update: Callable[..., Any], y: jax.Array, memory: Any, *arguments: Any) -> jax.Array:
-    """The identity on ``y``; the gradient with respect to ``memory`` is the memory's update.
+    """The identity on ``y``; the gradient with respect to ``memory``, a float array or a pytree of them, is its update.
 
     The cotangent of ``memory`` is ``update(gradient of y, memory, *arguments)``, which is the new memory minus the old
     one. Being a difference, a branch that is not run or a stopped gradient leaves the memory alone, and two uses of
-    one memory add up.
-
-    Args:
-        update: makes the difference, of the memory's shapes and dtypes.
-        y: the activation's output.
-        memory: a float array, or a pytree of them.
-        *arguments: pytrees of arrays that ``update`` needs; no gradient reaches them.
+    one memory add up. No gradient reaches the arguments, pytrees of arrays.
     """
     del update, memory, arguments
     return y
@@ -257,20 +194,10 @@ def sign_update(
 ) -> jax.Array:
     """How a backward memory changes when it has taken in the signs of the pooled gradients (DPA, section 3).
 
-    A sign is +1 where the gradient is positive, else -1. On the devices of the weights' axis the result is the global
-    batch's, and the same everywhere: neither a sum nor a mean over devices is due, and a mean does no harm.
-    (``shard_map`` itself sums a replicated input's cotangents where they differ between devices; this one is a sum
-    already, and of a type that says so.)
-
-    Args:
-        pool: makes one vector per sample, [B, C].
-        grad_y: the gradient of the loss with respect to the activation's output.
-        memory: [K, C] float32.
-        weights: `update_weights` of the batch's labels.
-        due: bool scalar; False makes the change zero.
-
-    Returns:
-        [K, C] float32, the new memory minus the old one.
+    A sign is +1 where the gradient is positive, else -1. The change is zero unless ``due``. On the devices of the
+    weights' axis the result is the global batch's, and the same everywhere: neither a sum nor a mean over devices is
+    due, and a mean does no harm. (``shard_map`` itself sums a replicated input's cotangents where they differ between
+    devices; this one is a sum already, and of a type that says so.)
     """
     signs = jnp.where(pool(grad_y) > 0, 1.0, -1.0)
     return jnp.where(due, update_memory(memory, signs, weights) - memory, 0.0)

@@ -22,9 +22,7 @@ RECORDS = "penalty_records"
 class Ratio:
     """A sum and what it is to be divided by, kept apart so that batches and devices can be added up.
 
-    Attributes:
-        total: float32 scalar, or [G] where the value is the mean of G groups' ratios.
-        count: float32, of the same shape.
+    Both are float32 scalars, or [G] where the value is the mean of G groups' ratios.
     """
 
     total: jax.Array
@@ -54,12 +52,9 @@ class Ratio:
 
 
 class Record(struct.PyTreeNode):
-    """What one mechanism saw in one call.
+    """What one mechanism saw in one call: the mechanism, unbound, and the arrays that its ``observe`` returned.
 
-    Attributes:
-        settings: the mechanism, unbound.
-        seen: the pytree of arrays that its ``observe`` returned.
-        mark: float32 zero. The axes that ``nn.scan`` or ``nn.vmap`` put in front of every array show here.
+    ``mark`` is a float32 zero. The axes that ``nn.scan`` or ``nn.vmap`` put in front of every array show there.
     """
 
     settings: Any = struct.field(pytree_node=False)
@@ -69,12 +64,7 @@ class Record(struct.PyTreeNode):
 
 @struct.dataclass
 class Summary:
-    """What the records of one call amount to.
-
-    Attributes:
-        terms: {penalty: Ratio}, what may be added to a loss.
-        figures: {name: Ratio}, what is only reported, such as ``masked_fraction``.
-    """
+    """What the records of one call amount to: ``terms`` may be added to a loss, ``figures`` are reported only."""
 
     terms: dict[str, Ratio] = struct.field(default_factory=dict)
     figures: dict[str, Ratio] = struct.field(default_factory=dict)
@@ -85,44 +75,34 @@ class Summary:
 
 
 def summarize(mutated: Mapping[str, Any]) -> Summary:
-    """Sums and counts of every penalty and figure, from what ``model.apply(..., mutable=dpa_jax.MUTABLE)`` returned.
-
-    Args:
-        mutated: the second result of ``apply``; a model without records gives an empty summary.
-    """
+    """Sums and counts of every penalty and figure: of ``mutated`` as `penalties` takes it; empty without records."""
     leaves = jax.tree.leaves(mutated.get(RECORDS, {}), is_leaf=lambda node: isinstance(node, Record))
     records = [leaf for leaf in leaves if isinstance(leaf, Record)]
-    terms: dict[str, Ratio] = {}
-    figures: dict[str, Ratio] = {}
+    summary = Summary()
     for mechanism in dict.fromkeys(type(record.settings) for record in records):
         part = mechanism.summarize(stack_alike([r for r in records if type(r.settings) is mechanism]))
-        for ours, its in ((terms, part.terms), (figures, part.figures)):
+        for ours, its in ((summary.terms, part.terms), (summary.figures, part.figures)):
             for name, ratio in its.items():
                 ours[name] = ours[name] + ratio if name in ours else ratio
-    return Summary(terms, figures)
+    return summary
 
 
 def stack_alike(records: Sequence[Record]) -> list[Record]:
     """Records of equal shapes and settings along one leading axis, so that one look serves all layers."""
     groups = defaultdict(list)
     for record in records:
-        lifted = record.mark.ndim
-        layers = jax.tree.map(lambda leaf, n=lifted: leaf.reshape(-1, *leaf.shape[n:]), record)
+        layers = jax.tree.map(lambda leaf, n=record.mark.ndim: leaf.reshape(-1, *leaf.shape[n:]), record)
         leaves, structure = jax.tree.flatten(layers)
         groups[tuple(leaf.shape[1:] for leaf in leaves), structure].append(layers)
     return [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups.values()]
 
 
 def penalties(mutated: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The penalties to add to a loss, each times its coefficient.
+    """{name: float32 scalar}, the penalties to add to a loss, each times its coefficient.
 
-    Args:
-        mutated: the second result of ``model.apply(..., mutable=dpa_jax.MUTABLE)``.
-
-    Returns:
-        {name: float32 scalar}: ``"channel"`` where the model has `DPA`, ``"arr"`` where it has `ARR`, ``"aux"``
-        and ``"gate"`` where it has `AIEC`, and those of your own mechanisms. Empty if no module recorded anything: no
-        labels were given, or the collections were not mutable. Of modules with an ``axis_name``, each device's share:
-        the mean over the devices is the global batch's penalty.
+    ``mutated`` is the second result of ``model.apply(..., mutable=dpa_jax.MUTABLE)``. There are ``"channel"`` where the
+    model has `DPA`, ``"arr"`` where it has `ARR`, ``"aux"`` and ``"gate"`` where it has `AIEC`, and those of your own
+    mechanisms; none if no module recorded anything: no labels were given, or the collections were not mutable. Of
+    modules with an ``axis_name``, each device's share: the mean over the devices is the global batch's penalty.
     """
     return summarize(mutated).penalties()

@@ -1,11 +1,10 @@
 """RAA: the Response-Adaptive Activation (Qiu et al., ICLR 2024, "Dynamic Neural Response Tuning")."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpa_jax.activations.baselines import Stateless
 from dpa_jax.checks import check_choice, check_floating
 
 BASES = {
@@ -15,14 +14,12 @@ BASES = {
 }
 """``f(x, shift)`` of each family: ``x * Phi(x + s)``, with the exact normal CDF, and ``max(0, x + s)``."""
 
-KINDS = ("vector", "scalar", "elementwise")
 
-
-class RAA(nn.Module):
+class RAA(Stateless):
     """Response-Adaptive Activation: GELU or ReLU, shifted by what a small linear map makes of the response.
 
     With ``s`` the shift, the output is ``x * Phi(x + s)`` (base ``"gelu"``; Phi the exact normal CDF) or
-    ``max(0, x + s)`` (base ``"relu"``). All parameters start at zero, so it starts as its base.
+    ``max(0, x + s)`` (base ``"relu"``). The parameters are float32 and start at zero, so it starts as its base.
 
     ================== ======================= ================== ==============
     kind               shift s                 ``shift_kernel``   ``shift_bias``
@@ -32,16 +29,13 @@ class RAA(nn.Module):
     ``"elementwise"``  xW + b, one a channel   [C_in, C_out]      [C]
     ================== ======================= ================== ==============
 
-    Channels are the last axis: feature maps and tokens are taken alike.
+    Channels are the last axis: feature maps and tokens are taken alike, in any floating dtype, which is computed in.
 
     Example::
 
         act = dpa_jax.RAA()
         variables = act.init(jax.random.key(0), jnp.ones((8, 17, 64)))
         y = act.apply(variables, jnp.ones((8, 17, 64)))
-
-    Variables:
-        ``params``: ``shift_kernel`` and ``shift_bias``, float32, of the shapes above.
 
     Attributes:
         kind: ``"vector"`` (the method), ``"scalar"`` or ``"elementwise"`` (DNRT's ablation).
@@ -55,23 +49,12 @@ class RAA(nn.Module):
     base: str = "gelu"
 
     def __post_init__(self):
-        check_choice("RAA", "kind", self.kind, KINDS)
+        check_choice("RAA", "kind", self.kind, ("vector", "scalar", "elementwise"))
         check_choice("RAA", "base", self.base, BASES)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Applies the activation.
-
-        Args:
-            x: [..., C], any floating dtype; computed in it.
-            labels: changes nothing; all activations here are called alike.
-            train: likewise.
-
-        Returns:
-            Array of the shape and dtype of ``x``.
-        """
-        del labels, train
+    def _activate(self, x: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
         check_floating("RAA", x)
         channels = x.shape[-1]

@@ -1,7 +1,5 @@
 """Labels for activations inside a model that never heard of labels."""
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 from collections.abc import Iterator
@@ -19,14 +17,14 @@ class Supervision(NamedTuple):
 
 
 _NOTHING = Supervision(None, False)
-_current: contextvars.ContextVar[Supervision] = contextvars.ContextVar("supervision", default=_NOTHING)
+_current = contextvars.ContextVar("supervision", default=_NOTHING)
 # JAX keys its trace caches on this: a function traced under one set of labels is not taken for another.
 _cache_key = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def supervise(labels: jax.Array | None, train: bool = False) -> Iterator[None]:
-    """Hands labels to every stateful activation that is called without them while the block lasts.
+    """Hands labels [B] to every stateful activation that is called without them while the block lasts.
 
     Enter it inside the jitted step, around ``model.apply``, with the labels that the step was given::
 
@@ -35,11 +33,7 @@ def supervise(labels: jax.Array | None, train: bool = False) -> Iterator[None]:
 
     Blocks nest: the innermost counts, and ``supervise(None)`` takes the labels away. Outside of every block an
     activation without labels is the plain threshold. Around a jitted function, rather than inside it, the
-    result is the same, but new labels compile the function anew.
-
-    Args:
-        labels: [B] integers, as the activations take them.
-        train: whether memories are updated.
+    result is the same, but new labels compile the function anew. ``train`` says whether memories are updated.
     """
     if isinstance(labels, jax.core.Tracer):
         key: object = object()  # a tracer is alive in this block only: no trace made here may serve again

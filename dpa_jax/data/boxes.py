@@ -13,15 +13,9 @@ BOX_DRAWS = 22
 def box_from_draws(draws: Any, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Any:
     """The box of a random resized crop: up to ten tries, then the largest central box within the ratios.
 
-    Args:
-      draws: float32 [22], uniform in [0, 1); a NumPy or a JAX array.
-      height: of the image, in pixels.
-      width: likewise.
-      scale: least and greatest area, as a fraction of the image's.
-      ratio: least and greatest width divided by height; drawn uniformly in its logarithm.
-
-    Returns:
-      int32 [4], top, left, height, width, an array of the kind that `draws` is.
+    As torchvision and timm draw it. The draws are float32 [22], uniform in [0, 1), NumPy's or JAX's, as the result is:
+    int32 [4], top, left, height and width in pixels. `scale` is the least and greatest area, as a fraction of the
+    image's, and `ratio` the least and greatest width divided by height, drawn uniformly in its logarithm.
     """
     xp = draws.__array_namespace__()
     fits, box_height, box_width = first_fit(draws[:20], height, width, height * width, scale, ratio)
@@ -36,18 +30,9 @@ def box_from_draws(draws: Any, height: int, width: int, scale: tuple[float, floa
 def first_fit(
     draws: Any, max_height: int, max_width: int, area: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Any, Any, Any]:
-    """The first of ten random boxes that is no larger than it may be.
+    """The first of ten random boxes that is no larger than it may be: whether there is one, its height and its width.
 
-    Args:
-      draws: float32 [20], uniform in [0, 1); a NumPy or a JAX array.
-      max_height: in pixels.
-      max_width: likewise.
-      area: of the image, in pixels.
-      scale: least and greatest area, as a fraction of the image's.
-      ratio: least and greatest width divided by height; drawn uniformly in its logarithm.
-
-    Returns:
-      Whether there is one, its height and its width.
+    As `box_from_draws`, but of its first 20 draws; `area` is the image's.
     """
     xp = draws.__array_namespace__()
     areas = area * (scale[0] + (scale[1] - scale[0]) * draws[:10])

@@ -9,6 +9,7 @@ from dpa_jax.extras import require_train
 
 require_train("dpa_jax.data.preview")
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,26 +38,16 @@ Treatment = Callable[[jax.Array, Batch], jax.Array]
 
 CELL, GAP = 96, 4  # pixels
 DRAWS = 4  # of the whole recipe
-_OFF = {"crop": "none", "flip": 0.0, "rand_augment": "", "color_jitter": (0.0,) * 4, "erase": 0.0}
-_CROPS = {"resized": "random resized crop", "pad": "random crop"}
+_OFF = {"crop": "none", "flip": 0.0, "rand_augment": "", "color_jitter": (), "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
 # What timm gives another name where they grow with the magnitude.
 _INCREASING = ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")
 
 
 def pick(split: ArraySplit | EncodedSplit, count: int, size: int, seed: int) -> Batch:
-    """The first images of a training run.
-
-    Args:
-      split: the training images.
-      count: N.
-      size: the side length of what is cut out of the middle of images that are not in memory.
-      seed: the run's.
-
-    Returns:
-      N images.
+    """The first images of a training run, cut to `size` x `size` in the middle where they are not in memory.
 
     Raises:
-      ValueError: there are fewer images, or no size to cut to, or one is damaged.
+      ValueError: there are fewer images than `count`, or no size to cut to, or one is damaged.
       OSError: an image cannot be read.
     """
     check_range("preview", "the number of images", count, low=1, high=len(split))
@@ -65,29 +56,19 @@ def pick(split: ArraySplit | EncodedSplit, count: int, size: int, seed: int) -> 
         images = split.inputs[index]
     else:
         check_range("config", "augment.image_size", size, low=1)
-        images = np.stack([_square(split.read(i), size) for i in index])
+        images = np.stack([np.asarray(ImageOps.fit(Image.fromarray(split.read(i)), (size, size))) for i in index])
     return Batch(*map(jnp.asarray, (images, split.labels[index], index, epoch)))
-
-
-def _square(image: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(ImageOps.fit(_pillow(image), (size, size)))[..., : image.shape[-1]]
 
 
 def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> dict[str, Treatment]:
     """What a configuration does to training images, step by step and as a whole.
 
-    Args:
-      config: the configuration's `augment` part.
-      mean: per channel, in units of [0, 1].
-      std: likewise.
+    The config is a configuration's `augment` part; mean and std are per channel, in units of [0, 1].
 
     Returns:
       {title: compiled (key, batch) -> uint8 [N, H, W, C]}: the originals; the operations of RandAugment at its
       mean magnitude, every second image the other way; what else is configured, with certainty; draws of the
       whole recipe; the evaluation transform.
-
-    Raises:
-      ValueError: as `augment.train_transform`.
     """
 
     def levels(values: jax.Array) -> jax.Array:
@@ -98,39 +79,36 @@ def treatments(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) 
     def recipe(**changes: object) -> Treatment:
         part = config.copy_and_resolve_references()
         part.update(changes)
-        return augment.train_transform(part, mean, std)
+        transform = augment.train_transform(part, mean, std)
 
-    def shown(treatment: Treatment) -> Treatment:
-        return jax.jit(lambda key, batch: levels(treatment(key, batch)))
+        def apply(key: jax.Array, batch: Batch) -> jax.Array:
+            values = transform(key, batch)
+            if part.mixup or part.cutmix:
+                values = augment.mix(key, values, batch.labels, part.mixup, part.cutmix).inputs
+            return levels(values)
 
-    def mixed(treatment: Treatment, **alphas: float) -> Treatment:
-        def mix(key: jax.Array, batch: Batch) -> jax.Array:
-            return augment.mix(key, treatment(key, batch), batch.labels, **alphas).inputs
-
-        return mix if any(alphas.values()) else treatment
-
-    def epoch(number: int, treatment: Treatment) -> Treatment:
-        return lambda key, batch: treatment(jax.random.fold_in(key, number), batch)
+        return jax.jit(apply)
 
     rows: dict[str, Treatment] = {"original": lambda _, batch: batch.inputs}
     if config.rand_augment:
         rows |= _operations(augment.parse_policy(config.rand_augment), mean)
-    if config.crop != "none":
-        rows[_CROPS[config.crop]] = shown(recipe(**_OFF | {"crop": config.crop}))
-    if config.flip:
-        rows["horizontal flip"] = shown(recipe(**_OFF | {"flip": 1.0}))
-    if any(config.color_jitter):
-        rows["colour jitter"] = shown(recipe(**_OFF | {"color_jitter": config.color_jitter}))
-    if config.erase:
-        rows["random erasing"] = shown(recipe(**_OFF | {"erase": 1.0}))
-    if config.mixup:
-        rows["mixup"] = shown(mixed(recipe(**_OFF), mixup=config.mixup))
-    if config.cutmix:
-        rows["CutMix"] = shown(mixed(recipe(**_OFF), cutmix=config.cutmix))
-    whole = shown(mixed(recipe(), mixup=config.mixup, cutmix=config.cutmix))
-    rows |= {f"whole recipe, draw {number}": epoch(number, whole) for number in range(1, DRAWS + 1)}
-    evaluation = augment.eval_transform(config, mean, std)
-    return rows | {"evaluation": shown(lambda _, batch: evaluation(batch.inputs))}
+    alone: dict[str, tuple[bool, dict[str, object]]] = {
+        "random resized crop": (config.crop == "resized", {"crop": "resized"}),
+        "random crop": (config.crop == "pad", {"crop": "pad"}),
+        "horizontal flip": (config.flip > 0, {"flip": 1.0}),
+        "colour jitter": (any(config.color_jitter), {"color_jitter": config.color_jitter}),
+        "random erasing": (config.erase > 0, {"erase": 1.0}),
+        "mixup": (config.mixup > 0, {"mixup": config.mixup}),
+        "CutMix": (config.cutmix > 0, {"cutmix": config.cutmix}),
+    }
+    rows |= {title: recipe(**_OFF | changes) for title, (configured, changes) in alone.items() if configured}
+    whole, evaluation = recipe(), augment.eval_transform(config, mean, std)
+
+    def draw(number: int) -> Treatment:
+        return lambda key, batch: whole(jax.random.fold_in(key, number), batch)
+
+    rows |= {f"whole recipe, draw {number}": draw(number) for number in range(1, DRAWS + 1)}
+    return rows | {"evaluation": jax.jit(lambda _, batch: levels(evaluation(batch.inputs)))}
 
 
 def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Treatment]:
@@ -140,13 +118,8 @@ def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Trea
     arguments_2xO = np.stack([arguments_of(magnitude, jnp.float32(sign), policy.increasing) for sign in (1, -1)])
 
     def treatment(name: str, pair: np.ndarray) -> Treatment:
-        if name in WITHOUT_ARGUMENT:
-            return jax.jit(lambda _, batch: jax.vmap(lambda image: augment.apply_op(name, image))(batch.inputs))
-
-        def apply(image: jax.Array, argument: jax.Array) -> jax.Array:
-            return augment.apply_op(name, image, argument, fill=fill)
-
-        return jax.jit(lambda _, batch: jax.vmap(apply)(batch.inputs, jnp.resize(pair, (len(batch.inputs),))))
+        apply = jax.vmap(functools.partial(augment.apply_op, name, fill=fill))
+        return jax.jit(lambda _, batch: apply(batch.inputs, jnp.resize(pair, (len(batch.inputs),))))
 
     rows = {}
     for name, pair in zip(augment.OPERATIONS, arguments_2xO.T, strict=True):
@@ -159,12 +132,8 @@ def _operations(policy: augment.Policy, mean: Sequence[float]) -> dict[str, Trea
 def contact_sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> Image.Image:
     """Draws rows of images with their titles at the left and a name above each column.
 
-    Args:
-      rows: {title: uint8 [N, H, W, C]} with C 1 or 3; sizes may differ from row to row.
-      names: N of them, cut off where they do not fit.
-
-    Returns:
-      An RGB image whose last cell ends `GAP` pixels from its edges; each is `CELL` pixels wide and high.
+    The rows are {title: uint8 [N, H, W, C]} with C 1 or 3; sizes may differ from row to row. There are N names, cut off
+    where they do not fit. Each image is `CELL` pixels wide and high, and the last ends `GAP` pixels from the edges.
     """
     font = ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 12)
     left, top, step = math.ceil(max(map(font.getlength, rows))) + 2 * GAP, 20, CELL + GAP
@@ -179,24 +148,16 @@ def contact_sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> Image
         pen.text((left - GAP, y + CELL / 2), title, "black", font, anchor="rm")
         for column, image in enumerate(images):
             # Enlarged it stays as sharp as it was, reduced it is averaged.
-            cell = _pillow(image).resize((CELL, CELL), Image.Resampling.BOX)
-            sheet.paste(cell, (left + step * column, y))
+            cell = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+            sheet.paste(cell.resize((CELL, CELL), Image.Resampling.BOX), (left + step * column, y))
     return sheet
-
-
-def _pillow(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3))))
 
 
 def preview(config: ConfigDict, count: int = 8) -> Image.Image:
     """The contact sheet of a configuration; the same for the same seed.
 
-    Args:
-      config: a run's configuration.
-      count: how many of its training images are shown.
-
     Raises:
-      ValueError: the configuration cannot run, or there are fewer images.
+      ValueError: the configuration cannot run, or there are fewer images than `count`.
       OSError: the data is not there, or cannot be read.
     """
     validate(config)

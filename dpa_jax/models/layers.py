@@ -1,7 +1,5 @@
 """Parts that several models share."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +20,9 @@ LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=Fals
 
 class ImageModel(nn.Module):
     """Base class of models that classify images: their common attributes and the check of their inputs.
+
+    They are called with normalised images [B, H, W, C], labels [B] for mechanisms (-1 leaves a sample out, None is
+    inference) and ``train``, and return logits [B, K] float32.
 
     Attributes:
         num_classes: K, the width of the logits.
@@ -48,9 +49,8 @@ class ImageModel(nn.Module):
         """Raises ValueError unless ``images`` is a batch like `example_inputs`."""
         shape = self.example_inputs.shape[1:]
         if images.shape[1:] != shape:
-            raise ValueError(
-                f"{type(self).__name__}: images must be [B, {', '.join(map(str, shape))}]; got {images.shape}"
-            )
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{type(self).__name__}: images must be [B, {wanted}]; got {images.shape}")
 
 
 def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:
@@ -65,39 +65,17 @@ def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> 
     )
 
 
-def activate(
-    module: nn.Module,
-    x: jax.Array,
-    labels: jax.Array | None,
-    train: bool,
-    *,
-    pool: str,
-    rows_per_sample: int = 1,
-) -> jax.Array:
-    """Calls an activation, and tells a mechanism how ``x`` becomes one vector per sample at this place.
-
-    Args:
-        module: any activation; a mechanism's own ``pool``, where set, takes precedence.
-        x: its input.
-        labels: [B] integers, or None.
-        train: whether memories are updated.
-        pool: as `Mechanism` takes it.
-        rows_per_sample: consecutive rows of ``x`` that belong to one sample.
-    """
-    if not isinstance(module, Mechanism):
-        return module(x, labels, train)
-    own = getattr(module, "pool", None)
-    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
+def activate(module: nn.Module, x: jax.Array, labels: jax.Array | None, train: bool, pool: str) -> jax.Array:
+    """Calls an activation, and tells a mechanism whose ``pool`` is not set how to pool at this place."""
+    if isinstance(module, Mechanism) and getattr(module, "pool", None) is None:
+        return module(x, labels, train, pool=pool)
+    return module(x, labels, train)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:
-    """Stochastic depth (Huang et al., 2016): drops a residual branch for whole samples, and scales up the others.
+    """Stochastic depth (Huang et al., 2016): drops a residual branch [B, ...] for whole samples, scales up the others.
 
-    Args:
-        module: the one that calls; its ``dropout`` key is used.
-        x: [B, ...], the branch's output.
-        rate: probability of a drop, a scalar that may be traced (a scanned block's). None is 0.
-        train: False changes nothing.
+    In training only, with the calling module's ``dropout`` key. The rate may be traced (a scanned block's); None is 0.
     """
     if rate is None or not train:
         return x
@@ -110,17 +88,11 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[.
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
-    depend on ``scan``: checkpoints of one form serve the other.
+    depend on ``scan``: checkpoints of one form serve the other. True compiles one block and loops over it, False
+    compiles all of them, None is True, except on TPUs: ``benchmarks/scan.py`` compares the forms.
 
-    Args:
-        block: called as ``block(...)(x, own, labels, train)``, where ``own`` is the block's part of an array (or
-            pytree) with a leading axis of length ``length``; it returns ``(x, None)``.
-        length: number of blocks.
-        scan: True compiles one block and loops over it, False compiles all of them. None is True, except on TPUs:
-            ``benchmarks/scan.py`` compares the forms.
-
-    Returns:
-        The class, with the attributes of ``block``; its modules return ``(x, None)``.
+    A block is called as ``block(...)(x, own, labels, train)``, where ``own`` is its part of an array (or pytree) with a
+    leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules.
     """
     if scan is None:
         scan = jax.default_backend() != "tpu"

@@ -1,7 +1,5 @@
 """ResNet (He et al., 2016) for small images: a 3 x 3 stem and no pooling before the stages."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 
@@ -12,22 +10,12 @@ import jax.numpy as jnp
 from dpa_jax.activations import ARR
 from dpa_jax.models.layers import ImageModel, activate
 
-# He et al., 2015, for what comes out of a convolution; PyTorch's reference ResNets start so.
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
     """A convolution that keeps the size, or divides it by its stride, padded alike on all sides."""
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=size // 2,
-        use_bias=False,
-        kernel_init=_conv_init,
-        dtype=dtype,
-        name=name,
-    )
+    # He et al., 2015, for what comes out of a convolution; PyTorch's reference ResNets start so.
+    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    return nn.Conv(features, (size, size), stride, size // 2, use_bias=False, kernel_init=init, dtype=dtype, name=name)
 
 
 class BasicBlock(nn.Module):
@@ -66,29 +54,16 @@ class ResNet(ImageModel):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Classifies images.
-
-        Args:
-            images: [B, H, W, C], normalised.
-            labels: [B] integers for stateful activations; -1 leaves a sample out. None is inference.
-            train: batch statistics are taken from the batch and followed, memories updated.
-
-        Returns:
-            Logits [B, K] float32.
-        """
+        """Logits [B, K] float32 of images [B, H, W, C]; ``train`` updates batch statistics and memories."""
         self.check_images(images)
         x = _conv(self.width, 3, 1, self.dtype, "conv")(images.astype(self.dtype))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
         x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
         for stage, blocks in enumerate(self.stage_sizes):
             for i in range(blocks):
-                x = BasicBlock(
-                    features=self.width * 2**stage,
-                    stride=2 if stage and not i else 1,
-                    activation=self.activation,
-                    dtype=self.dtype,
-                    name=f"stage{stage}_block{i}",
-                )(x, labels, train)
+                stride, name = 2 if stage and not i else 1, f"stage{stage}_block{i}"
+                block = BasicBlock(self.width * 2**stage, stride, self.activation, self.dtype, name=name)
+                x = block(x, labels, train)
             if self.arr:
                 x = ARR(self.num_classes, name=f"arr{stage}")(x, labels, train, pool="mean")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

@@ -5,8 +5,6 @@ fits counts, and names without an entry are the same there. A ``*`` stands for t
 are stacked along the leading axis here.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -20,15 +18,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dict:
     """The parameters of a model from arrays under their PyTorch names.
 
-    ``{name: tensor.numpy() for name, tensor in torch_model.state_dict().items()}`` is what to pass; PyTorch itself
-    is not needed. Linear and convolution weights are transposed to Flax's layouts.
-
-    Args:
-        model: a model of this package with ``torch_names``.
-        arrays: {PyTorch name: array}, all parameters of the model and no others.
-
-    Returns:
-        The ``params`` collection, float32, to be used as ``{**variables, "params": params}``.
+    ``{name: tensor.numpy() for name, tensor in torch_model.state_dict().items()}`` is what to pass, all parameters of
+    the model and no others; PyTorch itself is not needed. Linear and convolution weights are transposed to Flax's
+    layouts. Returns the ``params`` collection, float32, to be used as ``{**variables, "params": params}``.
 
     Raises:
         ValueError: for a model without PyTorch names; naming the first array that is missing, unknown or of the
@@ -72,12 +64,7 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
 
 
 def torch_name(path: str, names: Mapping[str, str]) -> str:
-    """PyTorch's name of a parameter: ``"blocks.norm1.scale"`` is ``"blocks.*.norm1.weight"``.
-
-    Args:
-        path: the dotted name here.
-        names: a model's ``torch_names``.
-    """
+    """PyTorch's name of a parameter by a model's ``torch_names``: "blocks.norm1.scale" is "blocks.*.norm1.weight"."""
     if path in names:
         return names[path]
     module, _, leaf = path.rpartition(".")

@@ -1,7 +1,5 @@
 """Vision Transformer (Dosovitskiy et al., 2021), as the papers train it."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import ClassVar
@@ -83,36 +81,22 @@ class ViT(layers.ImageModel):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Classifies images.
+        """Logits [B, K] float32 of images [B, H, W, C].
 
-        Args:
-            images: [B, H, W, C], normalised.
-            labels: [B] integers for stateful activations; -1 leaves a sample out. None is inference.
-            train: dropout and stochastic depth on (they need a ``dropout`` key), memories updated.
-
-        Returns:
-            Logits [B, K] float32.
+        In training, dropout and stochastic depth are on (they need a ``dropout`` key) and memories updated.
         """
         self.check_images(images)
-        embed = functools.partial(layers.uniform_conv, self.embed_dim, self.in_channels, self.patch_size)
-        x = embed(strides=self.patch_size, padding="VALID", dtype=self.dtype, name="patch_embed")(
-            images.astype(self.dtype)
-        )
+        embed = functools.partial(layers.uniform_conv, padding="VALID", dtype=self.dtype, name="patch_embed")
+        x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images.astype(self.dtype))
         x = x.reshape(x.shape[0], -1, self.embed_dim)
         class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim))
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([class_token, x], axis=1)
         x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:])).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
-        blocks = layers.repeat(Block, self.depth, self.scan)(
-            num_heads=self.num_heads,
-            hidden_dim=int(self.embed_dim * self.mlp_ratio),
-            activation=self.activation,
-            arr=functools.partial(ARR, self.num_classes) if self.arr else None,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            name="blocks",
-        )
+        arr = functools.partial(ARR, self.num_classes) if self.arr else None
+        settings = self.num_heads, int(self.embed_dim * self.mlp_ratio), self.activation, arr, self.dropout, self.dtype
+        blocks = layers.repeat(Block, self.depth, self.scan)(*settings, name="blocks")
         drop_rates = jnp.linspace(0.0, self.stochastic_depth, self.depth) if self.stochastic_depth else None
         x, _ = blocks(x, drop_rates, labels, train)
         x = layers.LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])

@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -51,9 +52,10 @@ def check_unchanged(config: ConfigDict, folder: pathlib.Path) -> list[str]:
 
 
 def write_config(config: ConfigDict, folder: pathlib.Path) -> None:
-    """Writes ``config.json``: from now on the run in this folder is trained with this configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.json", json.dumps(_plain(config), indent=2) + "\n")
+    """Writes ``config.json``, in process 0: from now on the run in this folder is trained with this configuration."""
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:

@@ -67,7 +67,13 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
     def check_finite(members: Sequence[Figures], step: int) -> None:
         for seed, figures in zip(run.seeds, members, strict=True):
-            _check_finite(figures, step, workdir, f"{name}, seed {seed}: " if name else "")
+            for key in sorted(figures, key=lambda key: "loss_" not in key):  # the terms before their sum
+                if not np.isfinite(figures[key]):
+                    raise NonFiniteError(
+                        f"{f'{name}, seed {seed}: ' if name else ''}{key} is {figures[key]} at step {step}. The last "
+                        f"good checkpoint is kept in {workdir}; a lower config.optimizer.learning_rate, or a "
+                        "config.clip_norm, may help."
+                    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(run))
@@ -163,7 +169,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
     run = build(config)
     results = {}
     for note in _check_continued(run, workdir, [workdir]):
-        print(note, file=sys.stderr)
+        if jax.process_index() == 0:
+            print(note, file=sys.stderr)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
         best = checkpoints.best_step
         for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
@@ -181,15 +188,6 @@ def _check_continued(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.
             return []
     notes = [check_unchanged(member, folder) for member, folder in zip(run.configs, folders, strict=True)]
     return list(dict.fromkeys(note for some in notes for note in some))
-
-
-def _check_finite(figures: Mapping[str, float], step: int, workdir: pathlib.Path, who: str) -> None:
-    for name in sorted(figures, key=lambda name: "loss_" not in name):  # the terms before their sum
-        if not np.isfinite(figures[name]):
-            raise NonFiniteError(
-                f"{who}{name} is {figures[name]} at step {step}. The last good checkpoint is kept in {workdir}; a "
-                "lower config.optimizer.learning_rate, or a config.clip_norm, may help."
-            )
 
 
 def _means(members: Sequence[Mapping[str, Any]]) -> Figures:

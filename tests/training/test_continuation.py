@@ -120,6 +120,12 @@ def test_a_damaged_record_of_the_configuration_is_refused_and_a_missing_one_note
     assert "\n" not in str(caught.value)
 
 
+def test_only_process_0_writes_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    write_config(tiny_config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------- Where it holds ----------------
 
 

@@ -8,9 +8,9 @@ from dpa_jax.data.augment.color import adjust_hue as adjust_hue
 from dpa_jax.data.augment.color import color_jitter as color_jitter
 from dpa_jax.data.augment.crop import center_crop as center_crop
 from dpa_jax.data.augment.crop import random_crop as random_crop
+from dpa_jax.data.augment.crop import random_erasing as random_erasing
 from dpa_jax.data.augment.crop import random_flip as random_flip
 from dpa_jax.data.augment.crop import random_resized_crop as random_resized_crop
-from dpa_jax.data.augment.erasing import random_erasing as random_erasing
 from dpa_jax.data.augment.mixing import mix as mix
 from dpa_jax.data.augment.operations import OPERATIONS as OPERATIONS
 from dpa_jax.data.augment.operations import apply_op as apply_op

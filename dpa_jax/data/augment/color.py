@@ -18,19 +18,9 @@ def color_jitter(
 ) -> jax.Array:
     """Changes brightness, contrast, saturation and hue by random amounts, in random order.
 
-    Args:
-      key: a typed key.
-      image: uint8 [H, W, C] with C 1 or 3.
-      brightness: x, for a factor that is uniform in max(0, 1 - x) .. 1 + x; 0 leaves it as it is.
-      contrast: likewise.
-      saturation: likewise.
-      hue: x, for a turn that is uniform in -x .. x of the whole circle, at most 0.5; C must be 3.
-
-    Returns:
-      uint8 [H, W, C].
-
-    Raises:
-      ValueError: a negative amount, a hue over 0.5 or of a grey image, or an image of another shape or dtype.
+    An amount x of brightness, contrast or saturation gives a factor that is uniform in max(0, 1 - x) .. 1 + x; one of
+    hue, at most 0.5, a turn that is uniform in -x .. x of the whole circle. 0 leaves it as it is. The image is uint8
+    [H, W, C] with C 1 or 3, for hue 3. ValueError for other amounts and images.
     """
     check_image(image)
     amounts = {"Brightness": brightness, "Contrast": contrast, "Color": saturation, "hue": hue}
@@ -60,24 +50,17 @@ def color_jitter(
 
 def adjust_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
     """Turns the hues of an image uint8 [H, W, 3] by a share of the circle, in -0.5 .. 0.5, through Pillow's HSV."""
-    hue, saturation, value = _to_hsv(jnp.asarray(image, jnp.int32))
-    hue = (hue + (turn * 255).astype(jnp.int32)) % 256
-    return _from_hsv(hue, saturation, value).astype(jnp.uint8)
-
-
-def _to_hsv(levels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    levels = jnp.asarray(image, jnp.int32)
     red, green, blue = jnp.moveaxis(levels, -1, 0)
-    value, least = jnp.max(levels, axis=-1), jnp.min(levels, axis=-1)
-    span = value - least
-    safe = jnp.maximum(span, 1)
+    value = jnp.max(levels, axis=-1)
+    span = value - jnp.min(levels, axis=-1)
+    saturation = span * 255 // jnp.maximum(value, 1)
     # In units of a sixth of the circle times the span, which are whole numbers.
     sixths = jnp.select([value == red, value == green], [green - blue, 2 * span + blue - red], 4 * span + red - green)
-    hue = jnp.where(span > 0, (sixths % (6 * safe)) * 255 // (6 * safe), 0)
-    return hue, span * 255 // jnp.maximum(value, 1), value
+    circle = 6 * jnp.maximum(span, 1)
+    hue = jnp.where(span > 0, (sixths % circle) * 255 // circle, 0)
 
-
-def _from_hsv(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.Array:
-    sector, within = jnp.divmod(hue * 6, 255)
+    sector, within = jnp.divmod((hue + (turn * 255).astype(jnp.int32)) % 256 * 6, 255)
 
     def less(share_of_65025: jax.Array) -> jax.Array:
         """The value times 1 - saturation * share, the nearest level; halves go up."""
@@ -85,13 +68,9 @@ def _from_hsv(hue: jax.Array, saturation: jax.Array, value: jax.Array) -> jax.Ar
 
     low = less(saturation * 255)
     falling, rising = less(saturation * within), less(saturation * (255 - within))
-    sector = (sector % 6)[..., None]
-    orders = [
-        (value, rising, low),
-        (falling, value, low),
-        (low, value, rising),
-        (low, falling, value),
-        (rising, low, value),
-        (value, low, falling),
+    channels = [
+        (value, falling, low, low, rising, value),
+        (rising, value, value, falling, low, low),
+        (low, low, rising, value, value, falling),
     ]
-    return jnp.select([sector == i for i in range(6)], [jnp.stack(order, axis=-1) for order in orders])
+    return jnp.stack([jax.lax.select_n(sector % 6, *levels) for levels in channels], axis=-1).astype(jnp.uint8)

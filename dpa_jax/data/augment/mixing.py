@@ -11,24 +11,15 @@ from dpa_jax.data.batch import Mixed
 def mix(
     key: jax.Array, images: jax.Array, labels: jax.Array, mixup: float = 0.0, cutmix: float = 0.0, switch: float = 0.5
 ) -> Mixed:
-    """Mixes each image with its neighbour: image 2j with 2j + 1.
+    """Mixes each image float [B, H, W, C] with its neighbour: image 2j with 2j + 1.
 
     Neighbours are on the same device where each has an even share of the batch, so that no image is sent anywhere. The
     last of an odd batch has no neighbour and stays as it is.
 
-    Mixup adds the two, weighed by a draw from Beta(mixup, mixup). CutMix puts a box of the other in, whose
-    share of the area is a draw from Beta(cutmix, cutmix) until the rim of the image clips it.
-
-    Args:
-      key: a typed key.
-      images: float [B, H, W, C].
-      labels: int32 [B].
-      mixup: alpha of mixup; 0: no mixup.
-      cutmix: alpha of CutMix; 0: no CutMix.
-      switch: where both are wanted, the probability that a batch gets CutMix.
-
-    Raises:
-      ValueError: neither is wanted, or an alpha is negative.
+    Mixup adds the two, weighed by a draw from Beta(mixup, mixup). CutMix puts a box of the other in, whose share of the
+    area is a draw from Beta(cutmix, cutmix) until the rim of the image clips it. An alpha of 0 turns either off; with
+    both on, `switch` is the probability that a batch gets CutMix. Labels are int32 [B]. ValueError where both are off,
+    or an alpha is negative.
     """
     if min(mixup, cutmix) < 0 or max(mixup, cutmix) == 0:
         raise ValueError(f"mix: alphas must be at least 0 and not both 0; got mixup {mixup}, cutmix {cutmix}")

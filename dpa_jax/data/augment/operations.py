@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpa_jax.checks import check_choice
-
-RESAMPLE = ("bilinear", "bicubic")
+from dpa_jax.data.augment.resample import METHODS
 
 
 def apply_op(
@@ -29,27 +28,19 @@ def apply_op(
 ) -> jax.Array:
     """Applies one operation of RandAugment (Cubuk et al., 2020), as timm names it and Pillow computes it.
 
-    Args:
-      name: a key of `OPERATIONS`; the ending "Increasing", which tells how an argument follows from a
-        magnitude, may be there and changes nothing here.
-      image: uint8 [H, W, C] with C 1 or 3.
-      argument: a scalar, may be traced. AutoContrast, Equalize, Invert: ignored. Posterize: bits to keep, 0
-        gives black. Solarize: levels from this one on are inverted. SolarizeAdd: added to levels under 128. Color,
-        Contrast, Brightness, Sharpness: the factor of the blend, 1 changes nothing. Rotate: degrees, anticlockwise.
-        ShearX, ShearY: the shear. TranslateXRel, TranslateYRel: a fraction of the width or height.
-      resample: "bilinear" or "bicubic", for warps.
-      fill: the level, or the C levels, of pixels from outside the image.
-
-    Returns:
-      uint8 [H, W, C].
+    The image is uint8 [H, W, C] with C 1 or 3. The name may have timm's ending "Increasing", which changes nothing.
+    The argument is a scalar and may be traced. AutoContrast, Equalize, Invert: ignored. Posterize: bits to keep, 0
+    gives black. Solarize: levels from this one on are inverted. SolarizeAdd: added to levels under 128. Color,
+    Contrast, Brightness, Sharpness: the factor of the blend, 1 changes nothing. Rotate: degrees, anticlockwise.
+    ShearX, ShearY: the shear. TranslateXRel, TranslateYRel: a fraction of the width or height. For the last five
+    `resample` is "bilinear" or "bicubic", and `fill` the level, or the C levels, of pixels from outside the image.
 
     Raises:
-      ValueError: an unknown name or `resample`, a missing argument, an image or a fill of another shape or
-        dtype.
+      ValueError: an unknown name or `resample`, a missing argument, an image or a fill of another shape or dtype.
     """
     name = name.removesuffix("Increasing")
     check_choice("apply_op", "name", name, OPERATIONS)
-    check_choice("apply_op", "resample", resample, RESAMPLE)
+    check_choice("apply_op", "resample", resample, METHODS)
     check_image(image, fill)
     if argument is None and name not in WITHOUT_ARGUMENT:
         raise ValueError(f"apply_op: {name} takes an argument")
@@ -68,17 +59,9 @@ def apply_op(
 def apply(
     op: jax.Array, image: jax.Array, arguments: jax.Array, cubic: jax.Array, fill: int | Sequence[int]
 ) -> jax.Array:
-    """Applies an operation that is known at run time only.
+    """Applies operation `op`, int32 [] and known at run time only; `len(OPERATIONS)` is none of them.
 
-    Args:
-      op: int32 [], an index into `OPERATIONS`, or `len(OPERATIONS)` for none of them.
-      image: uint8 [H, W, C].
-      arguments: float32 [len(OPERATIONS)], the argument of each operation.
-      cubic: bool [], bicubic or bilinear.
-      fill: as `apply_op`.
-
-    Returns:
-      uint8 [H, W, C].
+    `arguments` are float32 [len(OPERATIONS)], one for each operation; `cubic`, bool [], is whether warps are.
     """
     levels = jnp.asarray(image, jnp.int32)
     argument = dict(zip(OPERATIONS, arguments, strict=True))
@@ -89,8 +72,7 @@ def apply(
     looked_up = _look_up(jnp.stack(tables)[op], levels)
 
     grey, smooth = (function(levels) for function in BLENDS.values())
-    factors = jnp.stack([argument[name] for name in BLENDS])
-    blended = _blend(jnp.where(op == first_blend, grey, smooth), levels, factors[op - first_blend])
+    blended = _blend(jnp.where(op == first_blend, grey, smooth), levels, arguments[op])
 
     matrices = [function(argument[name], *image.shape[:2]) for name, function in WARPS.items()]
     warped = _warp(levels, jnp.stack(matrices)[op - first_warp], cubic, fill)
@@ -105,9 +87,6 @@ def check_image(image: jax.Array, fill: int | Sequence[int] = 0) -> None:
         raise ValueError(f"the image must be uint8 [H, W, 1 or 3], not {image.dtype} {list(image.shape)}")
     if np.shape(fill) not in ((), image.shape[-1:]):
         raise ValueError(f"fill must be one level, or one for each of the {image.shape[-1]} channels, not {fill}")
-
-
-# ---------------- Tables: int32 [256, C] ----------------
 
 
 def _auto_contrast(levels: jax.Array, _: jax.Array) -> jax.Array:
@@ -158,10 +137,6 @@ def _extremes(counts_256xC: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.argmax(occurs, axis=0)[None], 255 - jnp.argmax(occurs[::-1], axis=0)[None]
 
 
-def _invert(levels: jax.Array, _: jax.Array) -> jax.Array:
-    return _point(levels, lambda i: 255 - i)
-
-
 def _posterize(levels: jax.Array, bits: jax.Array) -> jax.Array:
     """Keeps so many of the highest bits; none of them leaves black, as Pillow had it until it refused 0."""
     dropped = jnp.clip(8 - bits.astype(jnp.int32), 0, 8)
@@ -181,11 +156,6 @@ def _contrast(levels: jax.Array, factor: jax.Array) -> jax.Array:
     grey = _grey(levels)[..., 0]
     mean = (2 * jnp.sum(grey) + grey.size) // (2 * grey.size)  # the nearest level, halves go up
     return _point(levels, lambda i: _blend(mean, i, factor))
-
-
-def _brightness(levels: jax.Array, factor: jax.Array) -> jax.Array:
-    """Blends with black."""
-    return _point(levels, lambda i: _blend(jnp.zeros_like(i), i, factor))
 
 
 def _point(levels: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -214,9 +184,6 @@ def _flat(levels: jax.Array) -> jax.Array:
     return levels * channels + jnp.arange(channels)[None, None]
 
 
-# ---------------- Blends ----------------
-
-
 def _grey(levels: jax.Array) -> jax.Array:
     """ITU-R 601-2 luma in every channel, in Pillow's fixed point."""
     if levels.shape[-1] == 1:
@@ -235,36 +202,17 @@ def _smooth(levels: jax.Array) -> jax.Array:
     return levels.at[1:-1, 1:-1].set((2 * total + 13) // 26)
 
 
-def _blend(other: jax.Array, levels: jax.Array, factor: jax.Array) -> jax.Array:
+def _blend(other: jax.Array | int, levels: jax.Array, factor: jax.Array) -> jax.Array:
     """`other + factor * (levels - other)`, rounded down and clipped to 0 .. 255."""
     # Pillow rounds the product to float32 before the sum; a floor of it alone can't be fused into one step.
     along = jnp.floor(factor * (levels - other).astype(jnp.float32)).astype(jnp.int32)
     return jnp.clip(other + along, 0, 255)
 
 
-# ---------------- Warps: where each pixel comes from, float32 [2, 3] on (x, y, 1) ----------------
-
-
 def _rotate(degrees: jax.Array, height: int, width: int) -> jax.Array:
     cos, sin = jnp.cos(jnp.deg2rad(degrees)), jnp.sin(jnp.deg2rad(degrees))
     x, y = width / 2, height / 2
     return jnp.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y]])
-
-
-def _shear_x(share: jax.Array, height: int, width: int) -> jax.Array:
-    return jnp.eye(2, 3).at[0, 1].set(share)
-
-
-def _shear_y(share: jax.Array, height: int, width: int) -> jax.Array:
-    return jnp.eye(2, 3).at[1, 0].set(share)
-
-
-def _translate_x(share: jax.Array, height: int, width: int) -> jax.Array:
-    return jnp.eye(2, 3).at[0, 2].set(share * width)
-
-
-def _translate_y(share: jax.Array, height: int, width: int) -> jax.Array:
-    return jnp.eye(2, 3).at[1, 2].set(share * height)
 
 
 def _warp(levels: jax.Array, matrix: jax.Array, cubic: jax.Array, fill: int | Sequence[int]) -> jax.Array:
@@ -293,27 +241,29 @@ def _warp(levels: jax.Array, matrix: jax.Array, cubic: jax.Array, fill: int | Se
 def _interpolate(values: Sequence[jax.Array], d: jax.Array, cubic: jax.Array) -> jax.Array:
     """Between the second and third of four values: a polynomial in d, exact where all are the same."""
     a, b, c, e = values
-    linear = c - b
-    return b + d * (jnp.where(cubic, c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)), linear))
+    return b + d * jnp.where(cubic, c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)), c - b)
 
 
+# Tables int32 [256, C], of the image's levels and an argument.
 TABLES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "AutoContrast": _auto_contrast,
     "Equalize": _equalize,
-    "Invert": _invert,
+    "Invert": lambda levels, _: _point(levels, lambda i: 255 - i),
     "Posterize": _posterize,
     "Solarize": _solarize,
     "SolarizeAdd": _solarize_add,
     "Contrast": _contrast,
-    "Brightness": _brightness,
+    "Brightness": lambda levels, factor: _point(levels, lambda i: _blend(0, i, factor)),  # with black
 }
+# What the image is blended with.
 BLENDS: dict[str, Callable[[jax.Array], jax.Array]] = {"Color": _grey, "Sharpness": _smooth}
+# Where each pixel comes from, float32 [2, 3] on (x, y, 1), of an argument, the height and the width.
 WARPS: dict[str, Callable[[jax.Array, int, int], jax.Array]] = {
     "Rotate": _rotate,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateXRel": _translate_x,
-    "TranslateYRel": _translate_y,
+    "ShearX": lambda share, height, width: jnp.eye(2, 3).at[0, 1].set(share),
+    "ShearY": lambda share, height, width: jnp.eye(2, 3).at[1, 0].set(share),
+    "TranslateXRel": lambda share, height, width: jnp.eye(2, 3).at[0, 2].set(share * width),
+    "TranslateYRel": lambda share, height, width: jnp.eye(2, 3).at[1, 2].set(share * height),
 }
 OPERATIONS = (*TABLES, *BLENDS, *WARPS)
 WITHOUT_ARGUMENT = ("AutoContrast", "Equalize", "Invert")

@@ -11,58 +11,42 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.checks import check_choice
-from dpa_jax.data.augment.operations import OPERATIONS, RESAMPLE, apply, check_image
+from dpa_jax.data.augment.operations import OPERATIONS, apply, check_image
 
 # The top of timm's scale of magnitudes; with a greater `mmax` some operations exceed it.
 MAX_LEVEL = 10.0
-_SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(\d+(?:\.\d+)?|(?<=mstd)inf)")
-_WHOLE = ("m", "n", "mmax", "inc")
+_CHANCE_OF_BICUBIC = {"bilinear": 0.0, "bicubic": 1.0, "random": 0.5}
+# A name and a number, which is whole for some of the names.
+_SECTION = re.compile(r"((?:m|n|mmax|inc)(?!.*\.)|mstd|p)(\d+(?:\.\d+)?|(?<=mstd)inf)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What a RandAugment string says.
+    """What a RandAugment string says."""
 
-    Attributes:
-      magnitude: `m`, the mean of an operation's magnitude.
-      std: `mstd`, its standard deviation; infinite (or over 100 in the string): uniform from 0 to `magnitude`.
-      max_magnitude: `mmax`, what it is clipped to; from below by 0.
-      layers: `n`, operations an image, drawn with replacement.
-      p: `p`, the probability that each of them is applied.
-      increasing: `inc`, whether Posterize, Solarize and the blends get stronger with the magnitude.
-    """
-
-    magnitude: float = MAX_LEVEL
-    std: float = 0.0
-    max_magnitude: float = MAX_LEVEL
-    layers: int = 2
-    p: float = 0.5
-    increasing: bool = False
+    magnitude: float = MAX_LEVEL  # m, the mean of an operation's magnitude
+    std: float = 0.0  # mstd, its standard deviation; infinite (over 100 in the string): uniform from 0 to `magnitude`
+    max_magnitude: float = MAX_LEVEL  # mmax, what it is clipped to; from below by 0
+    layers: int = 2  # n, operations an image, drawn with replacement
+    p: float = 0.5  # the probability that each of them is applied
+    increasing: bool = False  # inc, whether Posterize, Solarize and the blends get stronger with the magnitude
 
 
 def parse_policy(text: str) -> Policy:
     """Reads timm's grammar: `rand`, then `mM`, `mstdS`, `mmaxX`, `nN`, `pP`, `incI` in any order, all optional.
 
-    Raises:
-      ValueError: anything else, also timm's weighted choice of operations, `t`.
+    Anything else raises ValueError, also timm's weighted choice of operations, `t`.
     """
     head, *sections = text.split("-")
-    values: dict[str, float] = {}
-    for section in sections:
-        match = _SECTION.fullmatch(section)
-        if not match or match[1] in values or (match[1] in _WHOLE and "." in match[2]):
-            head = ""
-            break
-        values[match[1]] = float(match[2])
-    if head != "rand" or values.get("p", 0.0) > 1:
+    values = {match[1]: float(match[2]) for match in map(_SECTION.fullmatch, sections) if match}
+    if head != "rand" or len(values) < len(sections) or values.get("p", 0.0) > 1:
         raise ValueError(
             f"{text!r} is no RandAugment policy; one is rand-m9-mstd0.5-inc1: 'rand', and any of mM, nN, mmaxX, "
             "inc0 or inc1 (whole numbers), mstdS and pP, each once"
         )
-    std = values.get("mstd", 0.0)
     return Policy(
         magnitude=values.get("m", MAX_LEVEL),
-        std=math.inf if std > 100 else std,
+        std=math.inf if values.get("mstd", 0.0) > 100 else values.get("mstd", 0.0),
         max_magnitude=values.get("mmax", 0.0) or MAX_LEVEL,
         layers=int(values.get("n", 2)),
         p=values.get("p", 0.5),
@@ -79,23 +63,14 @@ def rand_augment(
 ) -> jax.Array:
     """Applies operations drawn at random, each with a random magnitude and sign.
 
-    Args:
-      key: a typed key.
-      image: uint8 [H, W, C] with C 1 or 3.
-      policy: timm's string, or what `parse_policy` makes of it.
-      fill: the level, or the C levels, of what comes from outside the image; timm takes the data's mean.
-      interpolation: "bilinear", "bicubic", or "random" for one of the two with equal chances, operation by
-        operation; for those that move pixels.
-
-    Returns:
-      uint8 [H, W, C].
-
-    Raises:
-      ValueError: the policy, the interpolation, the image or the fill is invalid.
+    The policy is timm's string, or what `parse_policy` makes of it. The image is uint8 [H, W, C] with C 1 or 3. `fill`
+    is the level, or the C levels, of what comes from outside the image; timm takes the data's mean. For operations that
+    move pixels `interpolation` is "bilinear", "bicubic", or "random" for one of the two with equal chances each time.
+    ValueError where one of these is something else.
     """
     if isinstance(policy, str):
         policy = parse_policy(policy)
-    check_choice("rand_augment", "interpolation", interpolation, (*RESAMPLE, "random"))
+    check_choice("rand_augment", "interpolation", interpolation, _CHANCE_OF_BICUBIC)
     check_image(image, fill)
     if not policy.layers:
         return image
@@ -105,9 +80,7 @@ def rand_augment(
     op_L = jnp.floor(draws_Lx4[:, 0] * len(OPERATIONS)).astype(jnp.int32)
     op_L = jnp.where(draws_Lx4[:, 1] < policy.p, op_L, len(OPERATIONS))
     sign_L = jnp.where(draws_Lx4[:, 2] < 0.5, -1.0, 1.0)
-    cubic_L = (
-        (draws_Lx4[:, 3] < 0.5) if interpolation == "random" else jnp.full(policy.layers, interpolation == "bicubic")
-    )
+    cubic_L = draws_Lx4[:, 3] < _CHANCE_OF_BICUBIC[interpolation]
     magnitude_L = _magnitudes(strengths_key, policy)
 
     def layer(image: jax.Array, draws: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -128,15 +101,9 @@ def _magnitudes(key: jax.Array, policy: Policy) -> jax.Array:
 
 
 def arguments_of(magnitude: jax.Array, sign: jax.Array, increasing: bool) -> jax.Array:
-    """What each operation takes at a magnitude.
+    """What each operation takes at a magnitude: float32 [len(OPERATIONS)], 0 where an operation takes nothing.
 
-    Args:
-      magnitude: float32 [], 10 for the strongest that the papers use.
-      sign: float32 [], -1 or 1: which way an operation goes that has two ways.
-      increasing: whether Posterize, Solarize and the blends get stronger with the magnitude.
-
-    Returns:
-      float32 [len(OPERATIONS)], in the order of `OPERATIONS`; 0 where an operation takes nothing.
+    The sign, -1 or 1, is which way an operation goes that has two ways; `increasing` is as in `Policy`.
     """
     share = magnitude / MAX_LEVEL
     factor = jnp.maximum(0.1, 1 + sign * share * 0.9) if increasing else share * 1.8 + 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,56 +11,41 @@ import numpy as np
 
 from dpa_jax.checks import check_choice
 
-Kernel = Callable[[Any], Any]
+METHODS = ("bilinear", "bicubic")
+_BITS = 22  # after the point in Pillow's weights
 
 
 def resized_crop(image: jax.Array, box: jax.Array, size: int, method: str) -> jax.Array:
-    """Cuts a box out and resizes it, with Pillow's antialiased resampling.
+    """Cuts a box out of an image uint8 [H, W, C] and resizes it to uint8 [size, size, C].
 
-    Args:
-      image: uint8 [H, W, C].
-      box: integers [4], top, left, height, width; may be traced.
-      size: side length of the result.
-      method: "bilinear" or "bicubic".
-
-    Returns:
-      uint8 [size, size, C]; equal to Pillow's save for ties in its rounding, which make a level or two.
-
-    Raises:
-      ValueError: the method is something else.
+    The box is top, left, height and width, integers [4] that may be traced; the method is "bilinear" or "bicubic", else
+    ValueError is raised. Equal to Pillow save for ties in its rounding, which make a level or two.
     """
-    return resample(image, box, size, _kernel(method))
+    check_choice("resize", "the interpolation", method, METHODS)
+    return resample(image, box, size, method == "bicubic")
 
 
 def resize(image: jax.Array, size: int | tuple[int, int], method: str = "bilinear") -> jax.Array:
-    """Resizes a whole image in Pillow's fixed point, so that every level is Pillow's.
+    """Resizes a whole image uint8 [H, W, C] in Pillow's fixed point, so that every level is Pillow's.
 
-    Args:
-      image: uint8 [H, W, C].
-      size: height and width of the result, or one number for both.
-      method: "bilinear" or "bicubic".
-
-    Returns:
-      uint8 [height, width, C].
-
-    Raises:
-      ValueError: the method is something else.
+    The size is height and width, or one number for both; the method is "bilinear" or "bicubic", else ValueError is
+    raised.
     """
-    kernel = _kernel(method)
+    check_choice("resize", "the interpolation", method, METHODS)
     height, width = (size, size) if isinstance(size, int) else size
     levels = jnp.asarray(image, jnp.int32)
     # Columns first, as the transposed image's rows.
-    levels = _resize_rows(levels.transpose(1, 0, 2), width, kernel).transpose(1, 0, 2)
-    return _resize_rows(levels, height, kernel).astype(jnp.uint8)
+    levels = _resize_rows(levels.transpose(1, 0, 2), width, method == "bicubic").transpose(1, 0, 2)
+    return _resize_rows(levels, height, method == "bicubic").astype(jnp.uint8)
 
 
-def _resize_rows(levels: jax.Array, size: int, kernel: Kernel) -> jax.Array:
+def _resize_rows(levels: jax.Array, size: int, cubic: bool) -> jax.Array:
     """Int32 [H, W, C] to [size, W, C]."""
     length = levels.shape[0]
     if length == size:
         return levels
     zero, whole = np.zeros((), np.int64), np.asarray(length)
-    weights_SxH = _weights(zero, whole.astype(np.float64), length, size, kernel)
+    weights_SxH = _weights(zero, whole.astype(np.float64), length, size, cubic)
     weights_SxH = np.rint(weights_SxH * 2**_BITS).astype(np.int32)
     # Most are 0: only so many next to each other count.
     first_S = np.argmax(weights_SxH != 0, axis=1)
@@ -72,58 +56,38 @@ def _resize_rows(levels: jax.Array, size: int, kernel: Kernel) -> jax.Array:
     return jnp.clip((total + 2 ** (_BITS - 1)) >> _BITS, 0, 255)
 
 
-def _bilinear(x: Any) -> Any:
-    return (1 - abs(x)).clip(0)
-
-
-def _bicubic(x: Any) -> Any:
-    """Keys' cubic convolution with a = -1/2, which Pillow uses."""
+def _kernel(x: Any, cubic: bool | jax.Array) -> Any:
+    """Pillow's kernels: Keys' cubic convolution with a = -1/2, or bilinear. Of NumPy's arrays as well as JAX's."""
     x = abs(x)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return (x < 1) * near + ((x >= 1) & (x < 2)) * far
+    bicubic = (x < 1) * near + ((x >= 1) & (x < 2)) * far
+    return x.__array_namespace__().where(cubic, bicubic, (1 - x).clip(0))
 
 
-# Of NumPy's arrays as well as JAX's.
-_KERNELS: dict[str, Kernel] = {"bilinear": _bilinear, "bicubic": _bicubic}
-_BITS = 22  # after the point in Pillow's weights
-
-
-def _kernel(method: str) -> Kernel:
-    check_choice("resize", "the interpolation", method, _KERNELS)
-    return _KERNELS[method]
-
-
-def random_kernel(key: jax.Array) -> Kernel:
-    """Bilinear or bicubic, with equal chances."""
-    cubic = jax.random.bernoulli(key)
-    return lambda x: jnp.where(cubic, _bicubic(x), _bilinear(x))
-
-
-def resample(image: jax.Array, box: jax.Array, size: int, kernel: Kernel) -> jax.Array:
-    """`resized_crop` with a kernel of one's own: Pillow's two passes, columns first."""
+def resample(image: jax.Array, box: jax.Array, size: int, cubic: bool | jax.Array) -> jax.Array:
+    """`resized_crop`, bicubic or bilinear: Pillow's two passes, columns first."""
     height, width, _ = image.shape
     top, left, box_height, box_width = box
-    columns_SxW = _weights(left, box_width.astype(jnp.float32), width, size, kernel)
-    rows_SxH = _weights(top, box_height.astype(jnp.float32), height, size, kernel)
-    # The full precision of float32: accelerators would take bfloat16 or TF32 here, which is off by many
-    # levels.
+    columns_SxW = _weights(left, box_width.astype(jnp.float32), width, size, cubic)
+    rows_SxH = _weights(top, box_height.astype(jnp.float32), height, size, cubic)
+    # Accelerators would take bfloat16 or TF32 here, which is off by many levels.
     einsum = functools.partial(jnp.einsum, precision="highest")
     narrow = _to_levels(einsum("sw,hwc->hsc", columns_SxW, image.astype(jnp.float32)))
     return _to_levels(einsum("sh,htc->stc", rows_SxH, narrow)).astype(jnp.uint8)
 
 
-def _weights(start: Any, extent: Any, length: int, size: int, kernel: Kernel) -> Any:
+def _weights(start: Any, extent: Any, length: int, size: int, cubic: bool | jax.Array) -> Any:
     """How much each of `length` pixels adds to each of the `size` pixels of the result: [size, length].
 
-    Of the box's start, an integer, and extent, a float, both NumPy's or both JAX's.
+    The start is an integer and the extent a float, both NumPy's or both JAX's.
     """
     xp = extent.__array_namespace__()
     step = extent / size
     reduction = xp.maximum(step, xp.ones_like(step))  # antialiasing: the kernel grows with the reduction
     centers_Sx1 = (xp.arange(size, dtype=extent.dtype)[:, None] + 0.5) * step
     pixels_1xL = xp.arange(length)[None, :] - start
-    weights_SxL = kernel((pixels_1xL.astype(extent.dtype) + 0.5 - centers_Sx1) / reduction)
+    weights_SxL = _kernel((pixels_1xL.astype(extent.dtype) + 0.5 - centers_Sx1) / reduction, cubic)
     weights_SxL = xp.where((pixels_1xL >= 0) & (pixels_1xL < extent), weights_SxL, 0)
     return weights_SxL / xp.sum(weights_SxL, axis=1, keepdims=True)
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.data.augment.color import color_jitter
-from dpa_jax.data.augment.crop import center_crop, random_crop, random_flip, random_resized_crop
-from dpa_jax.data.augment.erasing import random_erasing
+from dpa_jax.data.augment.crop import center_crop, random_crop, random_erasing, random_flip, random_resized_crop
 from dpa_jax.data.augment.policy import parse_policy, rand_augment
 from dpa_jax.data.augment.resample import resize
 from dpa_jax.data.batch import Batch
@@ -32,27 +31,27 @@ def train_transform(
 ) -> Callable[[jax.Array, Batch], jax.Array]:
     """The augmentation of training images.
 
-    In timm's order: crop, flip, RandAugment, colour jitter, normalisation, erasing. Mixing is for `mix`.
-
-    Args:
-      config: the configuration's `augment` part. `image_size`: side length of the result, 0 for the stored
-        one. `crop`: "none", "pad" (`random_crop` by `padding`) or "resized" (`random_resized_crop` with
-        `scale`, `ratio` and `interpolation`). `flip`: probability of a horizontal flip. `rand_augment`: a
-        policy for `rand_augment`, whose fill is the mean; empty for none. `color_jitter`: the four amounts
-        for `color_jitter`. `erase`: probability of `random_erasing`.
-      mean: per channel, in units of [0, 1].
-      std: likewise.
+    In timm's order: crop, flip, RandAugment filled with the mean, colour jitter, normalisation, erasing; `mix` comes
+    after. `config` is a configuration's `augment` part, whose keys `dpa_jax.config` describes; mean and std are per
+    channel, in units of [0, 1]. ValueError where `crop` is unknown, or an operation refuses its part.
 
     Returns:
       f(key, batch) -> float32 [B, S, S, C]. The draws depend on the key, the image's index and its epoch, and
       on nothing else: not on the batch size, the device count or the place in the batch.
-
-    Raises:
-      ValueError: `crop` is something else, or an operation refuses its part of the configuration.
     """
-    operations = [_crop(config)]
-    if config.image_size:
-        operations.append(lambda _, image: resize(image, config.image_size))
+    size = config.image_size
+    crops: dict[str, Operation] = {
+        "none": lambda _, image: image,
+        "pad": lambda key, image: random_crop(key, image, config.padding),
+        "resized": lambda key, image: random_resized_crop(
+            key, image, size or image.shape[0], config.scale, config.ratio, config.interpolation
+        ),
+    }
+    if config.crop not in crops:
+        raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
+    operations = [crops[config.crop]]
+    if size:
+        operations.append(lambda _, image: resize(image, size))
     if config.flip:
         operations.append(lambda key, image: random_flip(key, image, config.flip))
     if config.rand_augment:
@@ -65,47 +64,21 @@ def train_transform(
     if config.erase:
         operations.append(lambda key, image: random_erasing(key, image, config.erase))
 
-    def one(key: jax.Array, image: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(key, epoch), index)
+    def transform(key: jax.Array, example: Batch) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, example.epoch), example.index)
+        image = example.inputs
         for place, operation in enumerate(operations):
             image = operation(jax.random.fold_in(key, place), image)
         return image
 
-    def transform(key: jax.Array, batch: Batch) -> jax.Array:
-        return jax.vmap(one, in_axes=(None, 0, 0, 0))(key, batch.inputs, batch.index, batch.epoch)
-
-    return transform
-
-
-def _crop(config: ConfigDict) -> Operation:
-    if config.crop == "none":
-        return lambda _, image: image
-    if config.crop == "pad":
-        return lambda key, image: random_crop(key, image, config.padding)
-    if config.crop == "resized":
-        return lambda key, image: random_resized_crop(
-            key,
-            image,
-            config.image_size or image.shape[0],
-            tuple(config.scale),
-            tuple(config.ratio),
-            config.interpolation,
-        )
-    raise ValueError(f"augment.crop must be none, pad or resized, not {config.crop!r}")
+    return jax.vmap(transform, in_axes=(None, 0))
 
 
 def eval_transform(config: ConfigDict, mean: Sequence[float], std: Sequence[float]) -> Callable[[jax.Array], jax.Array]:
-    """The preprocessing of test images.
+    """The preprocessing of test images: uint8 [B, H, W, C] becomes float32 [B, S, S, C].
 
-    Args:
-      config: the configuration's `augment` part. The shorter side is resized to `eval_resize` (bilinear), or,
-        where that is 0, to `image_size`, which is then cut out of the middle. With both 0 the images stay as
-        they are.
-      mean: per channel, in units of [0, 1].
-      std: likewise.
-
-    Returns:
-      f(images uint8 [B, H, W, C]) -> float32 [B, S, S, C].
+    The shorter side is resized (bilinear) to `eval_resize`, or, where that is 0, to `image_size`, which is then cut out
+    of the middle. With both 0 the images stay as they are. The arguments are those of `train_transform`.
     """
 
     def one(image: jax.Array) -> jax.Array:

@@ -13,8 +13,6 @@ import signal
 import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 
 import numpy as np
 
@@ -40,14 +38,8 @@ def read_ahead(examples: Examples, batches: Iterable[np.ndarray], workers: int) 
       CorruptImageError: no image can be decoded.
       BrokenProcessPool: a worker process was killed.
     """
-    pool: Executor
     size = workers or 2 * (os.cpu_count() or 1)
-    if workers:
-        context = multiprocessing.get_context("spawn")
-        theirs, ours = context.Pipe(duplex=False)
-        pool = ProcessPoolExecutor(size, context, _start, (examples, theirs))
-    else:
-        pool = ThreadPoolExecutor(size)
+    pool: Executor = ProcessPoolExecutor(size, _Context(), _start, (examples,)) if workers else ThreadPoolExecutor(size)
 
     def submit(positions: np.ndarray) -> Future[Rows]:
         if not workers:
@@ -69,11 +61,19 @@ def read_ahead(examples: Examples, batches: Iterable[np.ndarray], workers: int) 
                 yield _joined(waiting.popleft())
         while waiting:
             yield _joined(waiting.popleft())
-    except BrokenProcessPool:
-        ours.close()  # ends the other workers; the pool would wait for them for ever, whose SIGTERM is blocked
-        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class _Process(multiprocessing.context.SpawnProcess):
+    """A worker. Its SIGTERM is blocked, so that the pool, which ends the others when one has died, needs SIGKILL."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Context(multiprocessing.context.SpawnContext):
+    Process = _Process
 
 
 def _joined(parts: list[Future[Rows]]) -> Rows:
@@ -86,16 +86,16 @@ _examples: Examples
 _threads = ThreadPoolExecutor(2)  # one decodes while the other waits for the disk
 
 
-def _start(examples: Examples, lifeline: Connection) -> None:
+def _start(examples: Examples) -> None:
     global _examples
     _examples = examples
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(lifeline: Connection) -> None:
-    """Ends this process when the other end of the pipe is closed, or its process has ended."""
-    lifeline.poll(None)
-    os._exit(1)
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _read(positions: np.ndarray) -> Rows:
