@@ -147,8 +147,9 @@ def _keys() -> dict[str, Any]:
             "num_classes": Key(10, _range(1)),
             "train_examples": Key(2048, _range(1)),
             "test_examples": Key(512, _range(1)),
-            # Where the images are kept: on the device, in the host's memory, or wherever they fit.
-            "resident": Key("auto", _one_of("auto", "device", "host"), changes_figures=False),
+            # Where the images are kept: on the device, in the host's memory, or wherever they fit. Images in files are
+            # cut with other draws on the device than on the host.
+            "resident": Key("auto", _one_of("auto", "device", "host")),
             # Per channel, of images scaled to [0, 1]; empty: the source's own.
             "mean": Key(()),
             "std": Key(()),

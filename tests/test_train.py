@@ -197,7 +197,6 @@ def test_the_default_folder_tells_configurations_apart():
     [
         "data.dir=x",
         "data.download=True",
-        "data.resident=host",
         "data.workers=2",
         "checkpoint.keep=1",
         "allow_change=seed",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from dpa_jax.data.feeds.base import BaseFeed
 
+Shape = tuple[int | None, ...]
+
 
 class Batch(NamedTuple):
     """One global batch; axis 0 of every array is sharded over the mesh axis `"data"`.
@@ -35,26 +37,19 @@ class Batch(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """A batch whose examples are mixed in pairs.
+    """A batch whose examples are mixed in pairs; the target is weight * labels + (1 - weight) * others."""
 
-    Attributes:
-      inputs: a pytree of arrays [B, ...].
-      labels: int32 [B], of the example with the greater weight.
-      others: int32 [B], of the other example.
-      weight: float32 [], at least 0.5; the target is weight * labels + (1 - weight) * others.
-    """
-
-    inputs: Any
-    labels: jax.Array
-    others: jax.Array
-    weight: jax.Array
+    inputs: Any  # a pytree of arrays [B, ...]
+    labels: jax.Array  # int32 [B], of the example with the greater weight
+    others: jax.Array  # int32 [B], of the other example
+    weight: jax.Array  # float32 [], at least 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
     """Shape and dtype of an array of one example; a side that differs between examples is None."""
 
-    shape: tuple[int | None, ...]
+    shape: Shape
     dtype: np.dtype
 
     def __str__(self) -> str:
@@ -62,15 +57,12 @@ class ArraySpec:
 
 
 class Transforms(NamedTuple):
-    """What is done to a batch inside the compiled training and evaluation steps.
+    """What is done inside the compiled training and evaluation steps: a batch becomes the model's inputs.
 
-    Attributes:
-      train: (key, batch) -> the model's inputs.
-      evaluate: batch -> the model's inputs.
-      mix: (key, inputs, labels) -> Mixed, applied to what `train` returns; None: examples are not mixed.
+    `mix` takes what `train` returns, and the labels; None: examples are not mixed.
     """
 
-    train: Callable[[jax.Array, Batch], Any]
+    train: Callable[[jax.Array, Batch], Any]  # the first argument is a random key, as that of `mix`
     evaluate: Callable[[Batch], Any]
     mix: Callable[[jax.Array, Any, jax.Array], Mixed] | None = None
 
@@ -85,7 +77,7 @@ class Spec:
       num_classes: labels are 0 .. num_classes - 1.
       class_names: one a class, in the order of the labels.
       train_examples: the size of the training split.
-      test_examples: the size of the held-out split.
+      test_examples: that of the held-out split.
       metrics: what an evaluation reports.
 
     Raises:
@@ -101,7 +93,6 @@ class Spec:
     metrics: str = "classification"
 
     def __post_init__(self) -> None:
-        """See the class."""
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
 
@@ -114,11 +105,5 @@ class Spec:
         return {}
 
     def transforms(self, config: ConfigDict, train_feed: BaseFeed, eval_feed: BaseFeed) -> Transforms:
-        """What the training and the evaluation step do to a batch that a feed gives.
-
-        Args:
-          config: a run's configuration.
-          train_feed: of the training split.
-          eval_feed: of the held-out split.
-        """
+        """What the training and the evaluation step of a run do to a batch that its feed gives."""
         return Transforms(train=lambda _, batch: batch.inputs, evaluate=lambda batch: batch.inputs)

@@ -6,16 +6,18 @@ Nothing here imports JAX, so that the loader's worker processes need not.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import io
 import struct
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from dpa_jax.data.batch import ArraySpec, Spec, Transforms
+from dpa_jax.data.batch import ArraySpec, Shape, Spec, Transforms
 from dpa_jax.data.splits import Split
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-_FORMATS = ("JPEG", "PNG")
 _MODES = {1: "L", 3: "RGB"}
 
 
@@ -52,7 +53,6 @@ class ImageSpec(Spec):
     encoded: bool = False
 
     def __post_init__(self) -> None:
-        """See the class."""
         super().__post_init__()
         if len(self.inputs.shape) != 3 or self.inputs.dtype != np.uint8 or 0 in self.inputs.shape:
             raise ValueError(f"{self.name}: images must be uint8 [H, W, C] with no side 0, not {self.inputs}")
@@ -90,12 +90,7 @@ class ImageSpec(Spec):
 
 
 def image_spec(
-    name: str,
-    shape: tuple[int | None, ...],
-    class_names: tuple[str, ...],
-    train_examples: int,
-    test_examples: int,
-    **others: Any,
+    name: str, shape: Shape, class_names: tuple[str, ...], train_examples: int, test_examples: int, **others: Any
 ) -> ImageSpec:
     """An `ImageSpec` of uint8 images of this shape, [H, W, C]; `others` are further attributes of it."""
     inputs = ArraySpec(shape, np.dtype(np.uint8))
@@ -123,12 +118,7 @@ class EncodedSplit(Split):
         """Image i as it is stored, JPEG or PNG."""
 
     def read(self, i: int) -> np.ndarray:
-        """Decodes image i to uint8 [H, W, 3].
-
-        Raises:
-          CorruptImageError: it cannot be decoded.
-          OSError: it cannot be read at all.
-        """
+        """Decodes image i to uint8 [H, W, 3]; CorruptImageError or, where it cannot be read at all, OSError."""
         with self.open(i) as file:
             # Read whole before it is decoded, so that a failing disk is not taken for a damaged image.
             encoded = io.BytesIO(file.read())
@@ -136,7 +126,7 @@ class EncodedSplit(Split):
 
     def shape(self, i: int) -> tuple[int, int, int]:
         """Height, width and channels of image i, from its header alone; raises as `read` does."""
-        with self.open(i) as file, _open(file, self.where(i)) as image:
+        with self.open(i) as file, _opened(file, self.where(i)) as image:
             return image.height, image.width, self.channels
 
     def take(self, index: np.ndarray) -> EncodedSplit:
@@ -159,42 +149,24 @@ class _Taken(EncodedSplit):
 
 
 def decode(file: BinaryIO, channels: int, where: str) -> np.ndarray:
-    """Decodes a JPEG or a PNG of any colour mode.
+    """Decodes a JPEG or a PNG of any colour mode to uint8 [H, W, channels], grey (1) or RGB (3), without transparency.
 
-    Args:
-      file: the image.
-      channels: of the result: 1 (grey) or 3 (RGB). Transparency is dropped.
-      where: what an error calls the image.
-
-    Returns:
-      uint8 [H, W, channels].
-
-    Raises:
-      CorruptImageError: it is damaged, cut off, too large for Pillow, or neither JPEG nor PNG.
+    Raises CorruptImageError, which says `where`: it is damaged, cut off, too large for Pillow, or of another format.
     """
-    with _open(file, where) as image:
-        try:
-            if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
-                levels = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.asarray(Image.fromarray(levels).convert(_MODES[channels])).reshape(*levels.shape, channels)
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
-            return np.asarray(image.convert(_MODES[channels])).reshape(image.height, image.width, channels)
-        except _DAMAGE as error:
-            raise _corrupt(where, error) from error
+    with _opened(file, where) as image:
+        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
+        return np.asarray(image.convert(_MODES[channels])).reshape(image.height, image.width, channels)
 
 
-# What Pillow raises for damaged data of these formats.
-_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-
-
-def _open(file: BinaryIO, where: str) -> Image.Image:
+@contextlib.contextmanager
+def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
+    """The image in a file; what Pillow raises for damaged data of these formats becomes a CorruptImageError."""
     try:
-        return Image.open(file, formats=_FORMATS)
-    except _DAMAGE as error:
-        raise _corrupt(where, error) from error
-
-
-def _corrupt(where: str, error: Exception) -> CorruptImageError:
-    reason = "is neither a JPEG nor a PNG" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return CorruptImageError(f"{where} cannot be decoded: {reason}")
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = "is neither a JPEG nor a PNG" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise CorruptImageError(f"{where} cannot be decoded: {reason}") from error

@@ -9,17 +9,9 @@ import numpy as np
 
 
 class Split(abc.ABC):
-    """Examples with their labels.
-
-    Args:
-      labels: int32 [N].
-
-    Raises:
-      ValueError: the labels have another shape or dtype.
-    """
+    """Examples with their labels, int32 [N]; ValueError where these have another shape or dtype."""
 
     def __init__(self, labels: np.ndarray):
-        """See the class."""
         if labels.ndim != 1 or labels.dtype != np.int32:
             raise ValueError(f"labels must be int32 [N], not {labels.dtype} {list(labels.shape)}")
         self.labels = labels
@@ -34,29 +26,16 @@ class Split(abc.ABC):
 
 
 class ArraySplit(Split):
-    """Examples in memory.
-
-    Args:
-      inputs: a pytree of NumPy arrays [N, ...].
-      labels: int32 [N].
-
-    Raises:
-      ValueError: the labels have another shape or dtype, or an array has not N rows.
-    """
+    """Examples in memory: a pytree of NumPy arrays [N, ...]; ValueError where one has not N rows."""
 
     def __init__(self, inputs: Any, labels: np.ndarray):
-        """See the class."""
-        super().__init__(labels)
-        self.inputs = inputs
-        for leaf in self.leaves():
-            if len(leaf) != len(labels):
-                raise ValueError(f"there are {len(labels)} labels for an array of {len(leaf)} examples")
-
-    def leaves(self) -> list[np.ndarray]:
-        """The arrays of the inputs."""
         import jax  # not above: worker processes import this module and should not import JAX
 
-        return jax.tree.leaves(self.inputs)
+        super().__init__(labels)
+        self.inputs = inputs
+        for leaf in jax.tree.leaves(inputs):
+            if len(leaf) != len(labels):
+                raise ValueError(f"there are {len(labels)} labels for an array of {len(leaf)} examples")
 
     def take(self, index: np.ndarray) -> Self:
         """The examples at these positions, int [n], alone."""

@@ -65,11 +65,14 @@ def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> 
     )
 
 
-def activate(module: nn.Module, x: jax.Array, labels: jax.Array | None, train: bool, pool: str) -> jax.Array:
-    """Calls an activation, and tells a mechanism whose ``pool`` is not set how to pool at this place."""
-    if isinstance(module, Mechanism) and getattr(module, "pool", None) is None:
-        return module(x, labels, train, pool=pool)
-    return module(x, labels, train)
+def activate(
+    module: nn.Module, x: jax.Array, labels: jax.Array | None, train: bool, pool: str, rows_per_sample: int = 1
+) -> jax.Array:
+    """Calls an activation; a mechanism is told how this place pools, unless its own ``pool`` is set."""
+    if not isinstance(module, Mechanism):
+        return module(x, labels, train)
+    own = getattr(module, "pool", None)
+    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:

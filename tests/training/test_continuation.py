@@ -88,7 +88,6 @@ def test_what_is_allowed_to_change_is_noted(tmp_path, allowed):
         ("log_every_seconds", 1.0),
         ("data__dir", "there"),
         ("data__download", True),
-        ("data__resident", "host"),
         ("data__workers", 2),
     ],
 )

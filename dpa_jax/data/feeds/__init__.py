@@ -19,12 +19,11 @@ require_train(__name__)
 def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
     """The feed of a source's training or held-out split: from memory, or one that reads images at every step.
 
-    Nothing is loaded, decoded or put on a device yet; of images in files the headers may be read, to find out whether
-    all are of one size.
+    Nothing is loaded or put on a device yet; of images in files the headers may be read, to compare their sizes.
 
     Args:
       source: where the examples come from.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
+      mesh: has the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
       config: a run's configuration; `seed`, `augment` and of `data` `resident`, `corrupt` and `workers` count.
       training: whether it feeds the training split; what is done about corrupt images depends on it.

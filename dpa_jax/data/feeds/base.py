@@ -23,22 +23,13 @@ _CPU_BYTES = 2 * 2**30
 class BaseFeed(abc.ABC):
     """Batches of one split on the devices of a mesh; nothing is read or put there before it is needed.
 
-    Args:
-      source: where the examples come from.
-      mesh: a mesh with the one axis `"data"`, which batches are sharded over; its devices need not be there.
-      batch_size: the global batch size, a multiple of the mesh's devices.
-      config: a run's configuration.
-      training: whether it feeds the training split or the held-out one.
-      inputs: a pytree of ArraySpec, one example as it is in a batch; None: as the source has it.
-
-    Raises:
-      ValueError: the batch size does not divide.
+    Arguments are those of `make_feed`; `inputs` is a pytree of ArraySpec, one example as it is in a batch, where that
+    is not as the source has it.
     """
 
     def __init__(
         self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: Any = None
     ):
-        """See the class."""
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}")
         self.spec, self.mesh, self.batch_size, self.seed = source.spec, mesh, batch_size, config.seed
@@ -50,7 +41,7 @@ class BaseFeed(abc.ABC):
     @property
     def split(self) -> Any:
         """The examples, which are read now if they were not."""
-        return self._open()
+        return self.load()
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -79,9 +70,9 @@ class BaseFeed(abc.ABC):
     def close(self) -> None:  # noqa: B027
         """Ends the threads or processes that read ahead for training, where there are any."""
 
-    def load(self) -> None:
-        """Reads what is read once, and puts on the devices what stays there; does nothing the second time."""
-        self._open()
+    def load(self) -> Any:
+        """Reads what is read once, puts on the devices what stays there, and returns the split; again: only that."""
+        return self._open()
 
     @abc.abstractmethod
     def train(self, step: int) -> Batch:

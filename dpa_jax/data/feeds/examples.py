@@ -6,6 +6,7 @@ Worker processes run this. Nothing here imports JAX, so that they need not.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -23,20 +24,12 @@ from dpa_jax.data.splits import ArraySplit
 
 
 class Rows(NamedTuple):
-    """Some rows of a batch.
+    """R rows of a batch; `corrupt` says of each why the image that should be there cannot be decoded, "" if it can."""
 
-    Attributes:
-      image: uint8 [R, S, S, 3].
-      label: int32 [R]; -1 is ignored.
-      index: int32 [R], the images' positions in their split.
-      epoch: int32 [R], the epoch each belongs to.
-      corrupt: [R], why the image that should be there cannot be decoded; empty: it can.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    index: np.ndarray  # type: ignore[assignment]  # the method of tuples gives way
-    epoch: np.ndarray
+    image: np.ndarray  # uint8 [R, S, S, 3]
+    label: np.ndarray  # int32 [R]; -1 is ignored
+    index: np.ndarray  # type: ignore[assignment]  # int32 [R], in the split; the method of tuples gives way
+    epoch: np.ndarray  # int32 [R]
     corrupt: np.ndarray
 
 
@@ -45,11 +38,7 @@ Row = tuple[np.ndarray, int, int, int, str]  # one of `Rows`
 
 @dataclasses.dataclass(frozen=True)
 class Examples(abc.ABC):
-    """What is at each position of a stream of examples, batch after batch.
-
-    Attributes:
-      split: where they come from.
-    """
+    """What is at each position of a stream of examples, batch after batch."""
 
     split: EncodedSplit
 
@@ -66,110 +55,81 @@ class Examples(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class TrainExamples(Examples):
-    """Training: in the sampler's order, without end.
-
-    Attributes:
-      sampler: says which image is where.
-      crop: cuts them.
-    """
+    """Training: in the sampler's order, without end; the next image takes the place of a corrupt one."""
 
     sampler: Sampler
     crop: TrainCrop
 
     def at(self, position: int) -> Row:
-        """The image of this place, or the next that can be decoded; CorruptImageError where none can."""
+        """The row at a position; CorruptImageError where no image can be decoded."""
         index, epoch = self.sampler.at(position)
-        image, index, corrupt = read_or_next(self.split, index)
-        cut = self.crop(image, uniform(self.sampler.seed, epoch, index))
-        return cut, int(self.split.labels[index]), index, epoch, corrupt
+        image, label, index, corrupt = read_or_next(self.split, index)
+        return self.crop(image, uniform(self.sampler.seed, epoch, index)), label, index, epoch, corrupt
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples(Examples):
-    """Evaluation: in order, every image once, then padding.
-
-    Attributes:
-      crop: cuts them.
-    """
+    """Evaluation: in order, every image once; corrupt ones, and the padding after the last, are black with label -1."""
 
     crop: EvalCrop
 
     def at(self, position: int) -> Row:
-        """The image of this place; black with the label -1 after the last, and where it cannot be decoded."""
-        cut, label, corrupt = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8), -1, ""
-        inside = position < len(self.split)
-        if inside:
-            image, corrupt = read_or_none(self.split, position)
-            if image is not None:
-                cut, label = self.crop(image), int(self.split.labels[position])
-        return cut, label, position if inside else 0, 0, corrupt
+        """The row at a position."""
+        image, label, index, corrupt = None, -1, 0, ""
+        if position < len(self.split):
+            image, label, index, corrupt = read_or_none(self.split, position)
+        black = np.zeros((self.crop.size, self.crop.size, self.split.channels), np.uint8)
+        return black if image is None else self.crop(image), label, index, 0, corrupt
 
 
-def read_or_next(split: EncodedSplit, i: int) -> tuple[np.ndarray, int, str]:
-    """Reads image i, or the next that can be decoded.
+def read_or_next(split: EncodedSplit, i: int) -> tuple[np.ndarray, int, int, str]:
+    """Reads image i, or the next that can be decoded; CorruptImageError where none can.
 
-    Returns:
-      uint8 [H, W, 3], the position that it was read from, and why image i cannot be decoded, empty where it can.
-
-    Raises:
-      CorruptImageError: none can.
+    Returns its pixels uint8 [H, W, 3], its label, its position, and why image i cannot be decoded, "" if it can.
     """
-    image, corrupt = read_or_none(split, i)
-    if image is not None:
-        return image, i, ""
-    for other in itertools.chain(range(i + 1, len(split)), range(i)):
-        image, _ = read_or_none(split, other)
-        if image is not None:
-            return image, other, corrupt
-    raise CorruptImageError(f"{corrupt}, nor can any other image of the split")
+    image, label, taken, corrupt = read_or_none(split, i)
+    others = itertools.chain(range(i + 1, len(split)), range(i))
+    while image is None:
+        if (other := next(others, None)) is None:
+            raise CorruptImageError(f"{corrupt}, nor can any other image of the split")
+        image, label, taken, _ = read_or_none(split, other)
+    return image, label, taken, corrupt
 
 
-def read_or_none(split: EncodedSplit, i: int) -> tuple[np.ndarray | None, str]:
-    """Reads image i: uint8 [H, W, 3] and an empty string, or None and why it cannot be decoded."""
+def read_or_none(split: EncodedSplit, i: int) -> tuple[np.ndarray | None, int, int, str]:
+    """As `read_or_next`, but None with the label -1 where image i cannot be decoded."""
     try:
-        return split.read(i), ""
+        return split.read(i), int(split.labels[i]), i, ""
     except CorruptImageError as error:
-        return None, str(error)
+        return None, -1, i, str(error)
 
 
-def decode_all(split: EncodedSplit, replace: bool, training: bool) -> ArraySplit:
-    """All images of a split in memory.
-
-    Args:
-      split: images of one size.
-      replace: do without corrupt images, as `TrainExamples` and `EvalExamples` do, and warn of them.
-      training: whether it is the training split.
+def decode_all(split: EncodedSplit, training: bool, replace: bool) -> ArraySplit:
+    """All images of a split in memory, the corrupt ones replaced as `TrainExamples` and `EvalExamples` do.
 
     Raises:
       ValueError: the images are of several sizes.
-      CorruptImageError: one cannot be decoded, and is not to be replaced; or none can.
+      CorruptImageError: one cannot be decoded, and `replace` is not set; or none can.
     """
     first, shape = next(shapes_of(split))
-    images, labels = np.zeros((len(split), *shape), np.uint8), split.labels.copy()
+    images, labels = np.zeros((len(split), *shape), np.uint8), np.empty(len(split), np.int32)
+    read: Callable[..., tuple[np.ndarray | None, int, int, str]] = read_or_next if training else read_or_none
 
-    def fill(i: int) -> tuple[str, str]:
-        image: np.ndarray | None
-        if training:
-            image, taken, reason = read_or_next(split, i)
-            labels[i], consequence = split.labels[taken], f"{split.where(taken)} takes its place"
-        else:
-            image, reason = read_or_none(split, i)
-            if image is None:
-                labels[i] = -1
-                return reason, "it counts nowhere"
-            consequence = ""
+    def fill(i: int) -> tuple[int, str]:
+        image, labels[i], taken, corrupt = read(split, i)
+        if image is None:
+            return taken, corrupt
         if image.shape != shape:
             raise ValueError(
                 f"data.resident=device needs images of one size: {split.where(first)} is {shape}, "
                 f"{split.where(i)} is {image.shape}. Pass --config.data.resident=host."
             )
         images[i] = image
-        return reason, consequence
+        return taken, corrupt
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for reason, consequence in pool.map(fill, range(len(split))):
-            if reason:
-                do_without(reason, consequence, replace)
+        for i, (taken, corrupt) in enumerate(pool.map(fill, range(len(split)))):
+            do_without(split, labels[i], taken, corrupt, replace)
     return ArraySplit(images, labels)
 
 
@@ -177,21 +137,20 @@ def shapes_of(split: EncodedSplit) -> Iterator[tuple[int, tuple[int, int, int]]]
     """Positions and shapes of the images whose headers can be read; CorruptImageError where there is none."""
     found = False
     for i in range(len(split)):
-        try:
-            shape = split.shape(i)
-        except CorruptImageError:  # which is told of when it is decoded
-            continue
-        found = True
-        yield i, shape
+        with contextlib.suppress(CorruptImageError):  # which is told of when it is decoded
+            yield i, split.shape(i)
+            found = True
     if not found:
         raise CorruptImageError(f"no image of the split can be decoded, from {split.where(0)} on")
 
 
-def do_without(reason: str, consequence: str, replace: bool) -> None:
-    """Warns of a corrupt image, or raises CorruptImageError where it must not be replaced."""
-    if not replace:
-        raise CorruptImageError(f"{reason}. Mend it, or do without it: --config.data.corrupt=replace")
-    warnings.warn(f"{reason}; {consequence}", RuntimeWarning, stacklevel=3)
+def do_without(split: EncodedSplit, label: int, taken: int, corrupt: str, replace: bool) -> None:
+    """Warns where an image is corrupt, or raises CorruptImageError where it must not be replaced."""
+    if corrupt and not replace:
+        raise CorruptImageError(f"{corrupt}. Mend it, or do without it: --config.data.corrupt=replace")
+    if corrupt:
+        consequence = "it counts nowhere" if label == -1 else f"{split.where(taken)} takes its place"
+        warnings.warn(f"{corrupt}; {consequence}", RuntimeWarning, stacklevel=4)
 
 
 def uniform(seed: int, epoch: int, index: int) -> np.ndarray:

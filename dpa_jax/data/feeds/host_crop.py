@@ -17,21 +17,13 @@ _METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclasses.dataclass(frozen=True)
 class TrainCrop:
-    """The crop of training images.
-
-    Attributes:
-      size: side length of the result.
-      crop: "resized" (a random box, resized) or "none" (the whole image, resized).
-      scale: least and greatest area of the box, as a fraction of the image's.
-      ratio: its least and greatest width divided by height.
-      interpolation: of "resized": "bilinear", "bicubic", or "random" for one of the two with equal chances.
-    """
+    """The crop of training images to a square of this size."""
 
     size: int
-    crop: str
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    interpolation: str
+    crop: str  # "resized" (a random box, resized) or "none" (the whole image, resized)
+    scale: tuple[float, float]  # least and greatest area of the box, as a fraction of the image's
+    ratio: tuple[float, float]  # its least and greatest width divided by height
+    interpolation: str  # of "resized": "bilinear", "bicubic", or "random" for one of the two with equal chances
 
     @classmethod
     def from_config(cls, augment: ConfigDict) -> TrainCrop:
@@ -44,15 +36,7 @@ class TrainCrop:
         return cls(_size(augment), augment.crop, tuple(augment.scale), tuple(augment.ratio), augment.interpolation)
 
     def __call__(self, image: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Cuts an image.
-
-        Args:
-          image: uint8 [H, W, 3].
-          draws: float32 [DRAWS], uniform in [0, 1).
-
-        Returns:
-          uint8 [size, size, 3].
-        """
+        """Cuts an image uint8 [H, W, 3] to uint8 [size, size, 3]; draws float32 [DRAWS] are uniform in [0, 1)."""
         method = "bilinear"
         cut = Image.fromarray(image)
         if self.crop == "resized":
@@ -67,12 +51,7 @@ class TrainCrop:
 
 @dataclasses.dataclass(frozen=True)
 class EvalCrop:
-    """The crop of evaluation images: the shorter side is resized, then the middle is cut out.
-
-    Attributes:
-      size: side length of the result.
-      resize: the length that the shorter side is resized to.
-    """
+    """The crop of evaluation images: the shorter side is resized to `resize`, then the middle `size` is cut out."""
 
     size: int
     resize: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,46 +19,45 @@ from dpa_jax.data.splits import ArraySplit
 
 
 class MemoryFeed(BaseFeed):
-    """Batches of examples that are in memory; arguments and errors are those of `BaseFeed`.
+    """Batches of examples that are in memory.
 
     They wait where `config.data.resident` says: "device" (put there once, whole on every device; a batch is a gather),
     "host" (a batch is sent at every step), or "auto": "device" where they take at most a quarter of a device's memory,
-    or 2 GiB of the host's on CPU.
+    or 2 GiB of the host's on CPU. `decode` makes arrays of a split that has others.
     """
 
     def __init__(
-        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: Any = None
+        self,
+        source: Source,
+        mesh: Mesh,
+        batch_size: int,
+        config: ConfigDict,
+        training: bool,
+        inputs: Any = None,
+        decode: Callable[[Any], ArraySplit] = lambda split: split,
     ):
-        """See the class."""
         super().__init__(source, mesh, batch_size, config, training, inputs)
         self.resident = config.data.resident
         if self.resident == "auto":
             leaves = jax.tree.leaves(self.inputs)
             size = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in leaves)
             self.resident = "device" if fits(self.num_examples * size, mesh) else "host"
+        self._decode = decode
         # Once for all feeds that `reordered` makes of this one.
         self._stored = functools.cache(self._store)
         self._gather = jax.jit(_gather, out_shardings=self._sharded)
 
-    def _read(self) -> ArraySplit:
-        return self._open()
-
     def _store(self) -> tuple[ArraySplit, Any]:
         """The split and, where it is resident on the devices, its inputs there."""
-        split = self._read()
+        split = self._decode(self._open())
         if self.resident == "host":
             return split, None
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         return split, jax.tree.map(lambda leaf: put(leaf.shape, everywhere, lambda at: leaf[at]), split.inputs)
 
-    @property
-    def split(self) -> ArraySplit:
-        """The examples, which are read now if they were not."""
+    def load(self) -> ArraySplit:
+        """Reads the examples, puts them on the devices where they wait there, and returns them; again: only that."""
         return self._stored()[0]
-
-    def load(self) -> None:
-        """Reads the examples, and puts them on the devices where they wait there."""
-        self._stored()
 
     def train(self, step: int) -> Batch:
         """The batch of a 0-based training step."""

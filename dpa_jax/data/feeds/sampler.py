@@ -14,19 +14,9 @@ import numpy as np
 
 
 class Sampler:
-    """The order of the training examples: which one is at each position of the stream.
-
-    Args:
-      num_examples: N, the size of the split.
-      batch_size: B, the global batch size.
-      seed: the permutations' seed; they are the same for ever and on every machine.
-
-    Raises:
-      ValueError: the batch size is not in 1 .. N, or the seed is negative.
-    """
+    """Which of N examples is at each position of the stream; for a seed it is the same for ever, on every machine."""
 
     def __init__(self, num_examples: int, batch_size: int, seed: int):
-        """See the class."""
         if not 1 <= batch_size <= num_examples:
             raise ValueError(
                 f"batch_size must be between 1 and the {num_examples} examples of the split, not {batch_size}"
@@ -47,14 +37,7 @@ class Sampler:
         return round(epochs * self.num_examples / self.batch_size)
 
     def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The examples of a step.
-
-        Args:
-          step: 0-based.
-
-        Returns:
-          index int32 [B] (positions in the split) and epoch int32 [B].
-        """
+        """The examples of a 0-based step: int32 [B] positions in the split, and int32 [B] epochs."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(positions, self.num_examples)
         index = np.empty(self.batch_size, np.int32)
@@ -70,7 +53,6 @@ class Sampler:
             return int(self._permutation(epoch)[place]), epoch
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
-        # By hand from raw bits, since NumPy promises a stable stream for those and not for
-        # Generator.permutation.
+        # By hand from raw bits, since NumPy promises a stable stream for those and not for Generator.permutation.
         bits = np.random.Philox(key=np.array([self.seed, epoch], np.uint64)).random_raw(self.num_examples)
         return np.argsort(bits, kind="stable")

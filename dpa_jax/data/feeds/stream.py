@@ -25,7 +25,6 @@ from dpa_jax.data.feeds.host_crop import EvalCrop, TrainCrop
 from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.feeds.read_ahead import read_ahead
 from dpa_jax.data.sources import Source
-from dpa_jax.data.splits import ArraySplit
 
 
 def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
@@ -39,36 +38,19 @@ def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigD
         size = examples * math.prod(shape)
         if resident == "device" or (fits(size, mesh) and all(other == shape for _, other in shapes)):
             inputs = ArraySpec(shape, spec.inputs.dtype)
-            return DecodedFeed(source, mesh, batch_size, config, training, inputs)
+            decode = functools.partial(decode_all, training=training, replace=config.data.corrupt == "replace")
+            return MemoryFeed(source, mesh, batch_size, config, training, inputs, decode)
     return StreamFeed(source, mesh, batch_size, config, training)
 
 
-class DecodedFeed(MemoryFeed):
-    """Batches of images of one size that are decoded once; arguments are those of `BaseFeed`."""
-
-    def __init__(
-        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: ArraySpec
-    ):
-        """See the class."""
-        super().__init__(source, mesh, batch_size, config, training, inputs)
-        self._decode = functools.partial(decode_all, replace=config.data.corrupt == "replace", training=training)
-
-    def _read(self) -> ArraySplit:
-        return self._decode(self._open())
-
-
 class StreamFeed(BaseFeed):
-    """Batches of images that are read at every step, a little ahead of it; arguments are those of `BaseFeed`.
+    """Batches of images that are read at every step, a little ahead of it.
 
     A process reads what its own devices get. Images are cut to `augment.image_size` as `TrainCrop` and `EvalCrop` say,
     in `data.workers` processes, or in threads of this one; the devices do the rest of `augment`.
-
-    Raises:
-      ValueError: the batch size does not divide, or `augment` asks for what images of any size cannot have.
     """
 
     def __init__(self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool):
-        """See the class."""
         size, stored = config.augment.image_size, source.spec.inputs
         inputs = ArraySpec((size, size, stored.shape[-1]), stored.dtype)
         super().__init__(source, mesh, batch_size, config, training, inputs)
@@ -102,21 +84,14 @@ class StreamFeed(BaseFeed):
             examples = TrainExamples(self.split, self.sampler, self._crop)
             self._stream = read_ahead(examples, map(self._positions, itertools.count(step)), self._workers)
         self._next_step = step + 1
-        rows = next(self._stream)
-        for reason, taken in zip(rows.corrupt, rows.index, strict=True):
-            if reason:
-                do_without(reason, f"{self.split.where(taken)} takes its place", self._replace)
-        return self._on_devices(rows)
+        return self._on_devices(next(self._stream))
 
     def evaluation(self) -> Iterator[Batch]:
         """The whole split once, in order; padding, and what cannot be decoded, is black and has the label -1."""
         batches = map(self._positions, range(math.ceil(self.num_examples / self.batch_size)))
         examples = EvalExamples(self.split, self._crop)
         with contextlib.closing(read_ahead(examples, batches, self._workers)) as stream:
-            for rows in stream:
-                for reason in filter(None, rows.corrupt):
-                    do_without(reason, "it counts nowhere", self._replace)
-                yield self._on_devices(rows)
+            yield from map(self._on_devices, stream)
 
     def close(self) -> None:
         """Ends the threads or processes that read ahead for training."""
@@ -129,6 +104,9 @@ class StreamFeed(BaseFeed):
         return step * self.batch_size + self._rows
 
     def _on_devices(self, rows: Rows) -> Batch:
+        for label, index, corrupt in zip(rows.label, rows.index, rows.corrupt, strict=True):
+            do_without(self.split, label, index, corrupt, self._replace)
+
         def on_devices(own: np.ndarray) -> jax.Array:
             def part(where: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = where[0].indices(self.batch_size)

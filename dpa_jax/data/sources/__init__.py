@@ -6,12 +6,13 @@ from dpa_jax.extras import require_train
 
 require_train(__name__)
 
+import functools
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from dpa_jax.data.sources.base import Source as Source
-from dpa_jax.data.sources.cifar import open_cifar10, open_cifar100
+from dpa_jax.data.sources.cifar import CIFAR10, CIFAR100, open_cifar
 from dpa_jax.data.sources.digits import open_digits
 from dpa_jax.data.sources.folder import open_folder
 from dpa_jax.data.sources.long_tail import long_tailed
@@ -21,8 +22,8 @@ from dpa_jax.data.sources.tfds import open_tfds
 
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": open_digits,
-    "cifar10": open_cifar10,
-    "cifar100": open_cifar100,
+    "cifar10": functools.partial(open_cifar, CIFAR10),
+    "cifar100": functools.partial(open_cifar, CIFAR100),
     "imagenet": open_folder,
     "imagenet100": open_folder,
     "folder": open_folder,
@@ -34,14 +35,9 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
 
 
 def register(name: str, open_function: Callable[[ConfigDict], Source]) -> None:
-    """Makes a source known under a name.
+    """Makes a function of the configuration's `data` part known under a name; ValueError where that is taken.
 
-    Args:
-      name: for `config.data.name`; `PREFIX:NAME` stands for every name with this prefix.
-      open_function: (the configuration's `data` part) -> Source.
-
-    Raises:
-      ValueError: the name is taken.
+    The name is for `config.data.name`; `PREFIX:NAME` stands for every name with this prefix.
     """
     if name in SOURCES:
         raise ValueError(f"register: there is a data source {name!r} already")
@@ -52,8 +48,8 @@ def open_source(data: ConfigDict) -> Source:
     """A data set by its name; nothing is loaded yet.
 
     Args:
-      data: the configuration's `data` part. `name`: a key of `SOURCES`. `dir`, `download` and what else the source
-        takes. `imbalance`: see `long_tail`. `mean` and `std`: of images, in place of the source's own.
+      data: the configuration's `data` part: `name`, `dir`, `download` and what else the source takes, `imbalance` (see
+        `long_tail`), and `mean` and `std` of images in place of the source's own.
 
     Raises:
       ValueError: the name is unknown, or the data is not what it should be.

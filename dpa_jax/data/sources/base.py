@@ -18,22 +18,16 @@ class Source:
       spec: what is known of it without loading anything.
       read: () -> the training and the held-out split.
       class_counts: () -> int [num_classes], how many training examples each class has; may read the labels.
-
-    Attributes:
-      spec: as given.
     """
 
     def __init__(
         self, spec: Spec, read: Callable[[], tuple[Split, Split]], class_counts: Callable[[], np.ndarray | list[int]]
     ):
-        """See the class."""
         self.spec, self._read, self.class_counts = spec, read, class_counts
         self._splits: tuple[Split, Split] | None = None
 
     def load(self) -> tuple[Any, Any]:
-        """The training and the held-out split, each an `ArraySplit` or, of encoded images, an `EncodedSplit`.
-
-        They are read once; encoded images are opened only.
+        """The training and the held-out split: `ArraySplit`s, read once, or of encoded images `EncodedSplit`s.
 
         Raises:
           FileNotFoundError: the data is not there; the message says how to get it.

@@ -19,17 +19,10 @@ _TICK = 2 * 10**9
 
 
 def remembered(key: str, compute: Callable[[], Any], watched: Callable[[Any], Iterable[pathlib.Path]]) -> Any:
-    """The result of a slow look at the disk, or of the last one where nothing has changed since.
+    """The result of `compute`, or of the last time while the files and folders `watched(result)` are not modified.
 
-    A file in the cache folder that is damaged, or cannot be written, costs time and nothing else.
-
-    Args:
-      key: what is looked at, an absolute path with what else decides the result.
-      compute: () -> the result, as JSON has it.
-      watched: result -> the files and folders whose modification times have to be the same.
-
-    Raises:
-      OSError: what `compute` raises.
+    The key holds all that decides the result, which is as JSON has it. A file in the cache folder that is damaged, or
+    cannot be written, costs time and nothing else.
     """
     file = _file(key, ".json")
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -41,26 +34,17 @@ def remembered(key: str, compute: Callable[[], Any], watched: Callable[[Any], It
         modified = _modified(watched(result))
         if max(modified) < time.time_ns() - _TICK:
             content = json.dumps({"key": key, "modified": modified, "result": result})
-            _write(file, lambda part: part.write_text(content))
+            write_whole(file, lambda part: part.write_text(content))
     return result
 
 
 def converted(paths: Iterable[str], convert: Callable[[pathlib.Path], Any], suffix: str) -> pathlib.Path:
-    """A file in the cache folder that is made of others, anew where one of them has changed.
-
-    Args:
-      paths: the absolute paths of the others; their sizes and modification times are looked at too.
-      convert: writes the file to a path.
-      suffix: the file's ending.
-
-    Raises:
-      OSError: the file cannot be written; the message says where to.
-    """
+    """A file in the cache folder that `convert` makes of others, anew where one has another size or time."""
     about = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     file = _file(json.dumps(about), suffix)
     if not file.exists():
         try:
-            _write(file, convert)
+            write_whole(file, convert)
         except OSError as error:
             raise OSError(f"cannot write {file}: {error}. XDG_CACHE_HOME=DIR chooses another cache folder") from error
     return file
@@ -75,10 +59,10 @@ def _modified(paths: Iterable[pathlib.Path]) -> list[int]:
     return [path.stat().st_mtime_ns for path in paths]
 
 
-def _write(goal: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Writes a file that is there whole or not at all."""
+def write_whole(goal: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    """Has a file written under another name first, so that it is there whole or not at all."""
     goal.parent.mkdir(parents=True, exist_ok=True)
-    part = goal.with_suffix(f".{uuid.uuid4().hex}")
+    part = goal.with_suffix(f".{uuid.uuid4().hex}")  # not by tempfile, whose files only their owner can read
     try:
         write(part)
         os.replace(part, goal)

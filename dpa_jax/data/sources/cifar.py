@@ -15,7 +15,6 @@ import shutil
 import tarfile
 import tempfile
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dpa_jax.data.images import STATISTICS, image_spec
+from dpa_jax.data.sources import cache
 from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.sources.base import Source
 from dpa_jax.data.splits import ArraySplit, Split
@@ -31,39 +31,25 @@ from dpa_jax.data.splits import ArraySplit, Split
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """One published archive and what is in it.
+    """One published archive and what is in it."""
 
-    Attributes:
-      name: the data set's name, also TFDS' name for it.
-      url: where the archive is published; its last part is the archive's file name.
-      md5: the archive's MD5 sum, hexadecimal.
-      folder: the folder that the archive unpacks to.
-      train: `{member: MD5 sum}` of the training files, in order.
-      test: the same of the test files.
-      labels: the pickles' key of the labels.
-    """
-
-    name: str
+    name: str  # the set's, also TFDS' for it
     url: str
     md5: str
-    folder: str
-    train: Mapping[str, str]
+    folder: str  # that it unpacks to
+    train: Mapping[str, str]  # {member: MD5 sum}, in order
     test: Mapping[str, str]
-    labels: bytes
+    labels: bytes  # the pickles' key of the labels
+    classes: str = ""
 
     @property
     def filename(self) -> str:
         """The archive's file name."""
         return self.url.rsplit("/", 1)[-1]
 
-    @property
-    def members(self) -> dict[str, str]:
-        """`{member: MD5 sum}` of every file that is read."""
-        return {**self.train, **self.test}
 
-
-# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the sums are those its page
-# publishes for the archives, and the well-known ones of the files inside.
+# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; the sums of the archives are those its page
+# publishes, the files' are well known.
 CIFAR10 = Archive(
     name="cifar10",
     url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -78,6 +64,7 @@ CIFAR10 = Archive(
     },
     test={"test_batch": "40351d587109b95175f43aff81a1287e"},
     labels=b"labels",
+    classes="airplane automobile bird cat deer dog frog horse ship truck",
 )
 CIFAR100 = Archive(
     name="cifar100",
@@ -87,9 +74,7 @@ CIFAR100 = Archive(
     train={"train": "16019d7e3df5f24257cddd939b257f8d"},
     test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
     labels=b"fine_labels",
-)
-_CLASSES10 = "airplane automobile bird cat deer dog frog horse ship truck"
-_CLASSES100 = """
+    classes="""
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
 forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
@@ -97,38 +82,25 @@ mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
 possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
 sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
 willow_tree wolf woman worm
-"""
+""",
+)
 
 
-def open_cifar10(data: ConfigDict) -> Source:
-    """CIFAR-10; `dir` and `download` are those of `load`."""
-    return _source(CIFAR10, tuple(_CLASSES10.split()), data)
-
-
-def open_cifar100(data: ConfigDict) -> Source:
-    """CIFAR-100; `dir` and `download` are those of `load`."""
-    return _source(CIFAR100, tuple(_CLASSES100.split()), data)
-
-
-def _source(archive: Archive, class_names: tuple[str, ...], data: ConfigDict) -> Source:
+def open_cifar(archive: Archive, data: ConfigDict) -> Source:
+    """CIFAR-10 or CIFAR-100; `dir` and `download` are those of `load`."""
     mean, std = STATISTICS[archive.name]
+    class_names = tuple(archive.classes.split())
     spec = image_spec(archive.name, (32, 32, 3), class_names, 50_000, 10_000, mean=mean, std=std)
     counts = [50_000 // len(class_names)] * len(class_names)
     return Source(spec, lambda: load(archive, data.dir, data.download), lambda: counts)
 
 
 def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split]:
-    """Reads a CIFAR set, extracting or downloading it first where that is needed.
+    """Reads the training and the test split, extracting or downloading the set first where that is needed.
 
-    Args:
-      archive: which set.
-      directory: the archive file itself, or a folder: with the archive, with the extracted folder, with
-        either one level further down, the extracted folder itself, or one that holds TFDS' `NAME/VERSION/`
-        prepared as array_record. Empty: `./data`, `~/data` and `~/tensorflow_datasets` are looked in.
-      download: fetch the archive into the directory (`./data` for an empty one) when it is nowhere.
-
-    Returns:
-      The training and the test split, images uint8 [N, 32, 32, 3].
+    The directory is the archive file or the extracted folder itself, a folder with one of these in it or one level
+    further down, or one with TFDS' `NAME/VERSION/`; empty: `./data`, `~/data` and `~/tensorflow_datasets` are tried.
+    With `download` the archive is fetched into it (`./data` for an empty one) when it is nowhere.
 
     Raises:
       FileNotFoundError: nothing found; says where it looked and how to get the data.
@@ -149,48 +121,35 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split
     looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
     raise FileNotFoundError(
         f"{archive.name} was not found. Looked for {archive.filename}, the folder {archive.folder} with "
-        f"{', '.join(archive.members)}, and a TFDS folder {archive.name}/VERSION prepared as array_record, "
-        f"in\n{looked_in}\nTo download it ({archive.url}) into a folder DIR and go on:\n"
+        f"{', '.join([*archive.train, *archive.test])}, and a TFDS folder {archive.name}/VERSION prepared as "
+        f"array_record, in\n{looked_in}\nTo download it ({archive.url}) into a folder DIR and go on:\n"
         f"  python train.py --config configs/{archive.name}_vit.py --config.data.download=True "
         "--config.data.dir=DIR\nor put the archive into DIR yourself and pass --config.data.dir=DIR."
     )
 
 
 def fetch(archive: Archive, folder: pathlib.Path) -> pathlib.Path:
-    """Downloads an archive into a folder; it gets its name there only once it is whole and its sum is right.
-
-    Raises:
-      OSError: the address cannot be read.
-      ValueError: what came is not the published archive.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Downloads an archive into a folder; it gets its name there only once it is whole and its sum is right."""
     goal = folder / archive.filename
     logging.info("Downloading %s to %s", archive.url, goal)
-    # Not by tempfile, whose files only their owner can read.
-    part = folder / f".{archive.filename}.{uuid.uuid4().hex}"
-    try:
+
+    def download(part: pathlib.Path) -> None:
         with urllib.request.urlopen(archive.url, timeout=60) as response, part.open("wb") as file:
             shutil.copyfileobj(response, file)
         _check_sum(part, archive.md5, f"what came from {archive.url}", "try again later")
-        os.replace(part, goal)
+
+    try:
+        cache.write_whole(goal, download)
     except OSError as error:
         raise OSError(
             f"could not download {archive.url} to {goal}: {error}. Fetch it by other means, put it into "
             f"{folder.absolute()} and pass --config.data.dir={folder.absolute()}."
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return goal
 
 
 def extract(archive: Archive, packed: pathlib.Path) -> pathlib.Path:
-    """Extracts an archive beside itself; the folder gets its name only once it is whole.
-
-    Raises:
-      ValueError: the archive is not the published one, or has a member that is neither a plain file nor a
-        folder inside `archive.folder`.
-      FileExistsError: an incomplete folder of that name stands there already.
-    """
+    """Extracts an archive beside itself; the folder gets its name only once it is whole."""
     _check_sum(packed, archive.md5, str(packed), "delete it and download it again")
     goal = packed.parent / archive.folder
     if goal.exists():
@@ -199,9 +158,7 @@ def extract(archive: Archive, packed: pathlib.Path) -> pathlib.Path:
     def admit(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         parts = pathlib.PurePosixPath(member.name).parts
         if not (member.isreg() or member.isdir()) or parts[:1] != (archive.folder,) or ".." in parts:
-            raise ValueError(
-                f"{packed} has the member {member.name!r}, which is not a plain file inside {archive.folder}"
-            )
+            raise ValueError(f"{packed}: its member {member.name!r} is not a plain file inside {archive.folder}")
         return tarfile.data_filter(member, path)
 
     with tempfile.TemporaryDirectory(dir=packed.parent, prefix=f".{archive.folder}.") as partial:
@@ -216,12 +173,7 @@ def extract(archive: Archive, packed: pathlib.Path) -> pathlib.Path:
 
 
 def read_pickle(path: pathlib.Path, md5: str) -> dict[bytes, Any]:
-    """Reads one of CIFAR's pickles.
-
-    Raises:
-      ValueError: the file is not the published one.
-      pickle.UnpicklingError: it asks for anything but numpy arrays.
-    """
+    """Reads one of CIFAR's pickles, where its sum is right and it asks for nothing but numpy arrays."""
     _check_sum(path, md5, str(path), "delete its folder and extract or download it again")
     with path.open("rb") as file:
         return _Unpickler(file, encoding="bytes").load()
@@ -239,12 +191,9 @@ class _Unpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._admitted[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"the file asks for {module}.{name}, which no CIFAR file needs: it was not loaded"
-            ) from None
+        if (module, name) not in self._admitted:
+            raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which no CIFAR file needs")
+        return self._admitted[module, name]
 
 
 def _read_folder(archive: Archive, folder: pathlib.Path) -> tuple[ArraySplit, ArraySplit]:
@@ -267,7 +216,7 @@ def _find(roots: Iterable[pathlib.Path], name: str, is_it: Callable[[pathlib.Pat
 
 
 def _first_missing(archive: Archive, folder: pathlib.Path) -> str | None:
-    return next((member for member in archive.members if not (folder / member).is_file()), None)
+    return next((member for member in [*archive.train, *archive.test] if not (folder / member).is_file()), None)
 
 
 def _check_sum(path: pathlib.Path, expected: str, what: str, remedy: str) -> None:

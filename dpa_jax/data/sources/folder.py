@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpa_jax.data.sources import cache
 from dpa_jax.data.sources.base import Source
 
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGE = re.compile(r"[^.].*\.(jpe?g|png)", re.IGNORECASE | re.DOTALL)
 _IMAGENET = (
     "ImageNet's images (ILSVRC2012) are to be had at https://www.image-net.org/download.php once you have agreed to "
     "their terms. "
@@ -23,15 +24,9 @@ _GET = {"imagenet": _IMAGENET, "imagenet100": _IMAGENET + "ImageNet-100 is the f
 
 
 class FolderSplit(EncodedSplit):
-    """The images of a folder with one folder a class.
-
-    Args:
-      folder: the folder.
-      files: `{class: its files' names}`; the classes get the labels 0, 1, ... in this order.
-    """
+    """The images of `{class: its files' names}` in a folder with one folder a class; labels are in this order."""
 
     def __init__(self, folder: pathlib.Path, files: dict[str, list[str]]):
-        """See the class."""
         super().__init__(np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files.values()]))
         self._folders = [str(folder / name) for name in files]
         # One string and where its parts end: a million small strings would cost every worker 100 MB.
@@ -52,14 +47,8 @@ def open_folder(data: ConfigDict) -> Source:
     """A folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`.
 
     Images are JPEG or PNG by their names' endings; names that begin with a dot are left out. The classes have the
-    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes.
-
-    Args:
-      data: `dir` is the folder, `data/NAME` where it is empty.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: a class has no images, or is in one of the two splits only.
+    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes. `dir` is the
+    folder, `data/NAME` where it is empty.
     """
     root = pathlib.Path(data.dir or f"data/{data.name}").expanduser().absolute()
     if not root.is_dir():
@@ -75,10 +64,9 @@ def open_folder(data: ConfigDict) -> Source:
                 f"{folder} has no folder {min(missing)!r}, a class that the other split has ({len(missing)} such "
                 f"classes); wanted is {LAYOUT}"
             )
-    counts = [len(names) for names in train_files.values()]
     splits = FolderSplit(train, train_files), FolderSplit(test, test_files)
     spec = image_spec(data.name, (None, None, 3), tuple(train_files), *map(len, splits), encoded=True)
-    return Source(spec, lambda: splits, lambda: counts)
+    return Source(spec, lambda: splits, lambda: [len(names) for names in train_files.values()])
 
 
 def _find(root: pathlib.Path, *names: str) -> pathlib.Path:
@@ -94,14 +82,10 @@ def _files(folder: pathlib.Path) -> dict[str, list[str]]:
     def look() -> dict[str, list[str]]:
         with os.scandir(folder) as entries:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        return {name: sorted(filter(_is_image, os.listdir(folder / name))) for name in classes}
+        return {name: sorted(filter(_IMAGE.fullmatch, os.listdir(folder / name))) for name in classes}
 
     files = cache.remembered(f"folder {folder}", look, lambda files: [folder, *(folder / name for name in files)])
     empty = [name for name, images in files.items() if not images]
     if empty or not files:
         raise ValueError(f"there are no images in {folder / empty[0] if empty else folder}; wanted is {LAYOUT}")
     return files
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")

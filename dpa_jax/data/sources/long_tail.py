@@ -26,15 +26,9 @@ def long_tailed(source: Source, imbalance: float) -> Source:
 
 
 def long_tail(labels: np.ndarray, num_classes: int, imbalance: float) -> np.ndarray:
-    """The examples that a long tail keeps.
+    """The examples that a long tail keeps, whose first class has `imbalance` times as many as its last.
 
-    Args:
-      labels: int32 [N].
-      num_classes: K.
-      imbalance: how many times more examples the first class keeps than the last, at least 1.
-
-    Returns:
-      Positions, int64 [n], rising. They never change, and a greater imbalance keeps some of what a smaller one does.
+    Their positions, int64 [n], rise and never change; a greater imbalance keeps some of what a smaller one does.
     """
     kept = _kept(np.bincount(labels, minlength=num_classes), imbalance)
     order = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")

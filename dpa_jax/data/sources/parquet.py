@@ -21,16 +21,11 @@ LAYOUT = "DIR/train-*.parquet and DIR/test-*.parquet (or validation-*), or the s
 class ParquetSplit(EncodedSplit):
     """The images of some parquet files, from a copy of their bytes that can be read at random.
 
-    The copy is an uncompressed Arrow file that is mapped into memory, so that all processes share its pages.
-
-    Args:
-      labels: int32 [N].
-      first: the first parquet file, for messages.
-      copy: the Arrow file, with the one column `bytes`.
+    The copy is an uncompressed Arrow file with the one column `bytes`. It is mapped into memory, so that all processes
+    share its pages. `first` is the first parquet file, for messages.
     """
 
     def __init__(self, labels: np.ndarray, first: str, copy: str):
-        """See the class."""
         import pyarrow
 
         super().__init__(labels)
@@ -65,15 +60,7 @@ class _Files(NamedTuple):
 
 
 def open_parquet(data: ConfigDict) -> Source:
-    """A folder of parquet files laid out as `LAYOUT` says; a `test` split without labels is passed over.
-
-    Args:
-      data: `dir` is the folder, `data` where it is empty.
-
-    Raises:
-      FileNotFoundError: there are no such files.
-      ValueError: they have not one column of images and one of class labels, or these differ between the splits.
-    """
+    """The folder `dir`, `data` where it is empty, as `LAYOUT` says; a `test` split without labels is passed over."""
     root = pathlib.Path(data.dir or "data").expanduser().absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"parquet: there is no folder {root}. Pass --config.data.dir=DIR; wanted is {LAYOUT}.")
@@ -94,8 +81,7 @@ def _find(root: pathlib.Path, *names: str) -> _Files:
     for name in names:
         for folder in (root, root / "data"):
             if paths := sorted(str(path) for path in folder.glob(f"{name}-*.parquet")):
-                files = _describe(paths)
-                if files is not None:
+                if files := _describe(paths):
                     return files
                 unlabelled = f" ({paths[0]} has no labels)"
     wanted = " or ".join(names)

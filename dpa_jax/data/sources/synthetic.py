@@ -12,21 +12,16 @@ from dpa_jax.data.splits import ArraySplit
 
 def open_synthetic(data: ConfigDict) -> Source:
     """The images that `image_size`, `channels`, `num_classes`, `train_examples` and `test_examples` ask for."""
-    classes, channels = data.num_classes, data.channels
-    spec = image_spec(
-        data.name,
-        (data.image_size, data.image_size, channels),
-        tuple(f"class {i}" for i in range(classes)),
-        data.train_examples,
-        data.test_examples,
-        mean=(0.498,) * channels,  # of the sum of two uniform values in 0 .. 127
-        std=(0.205,) * channels,
-    )
+    size, channels, classes = data.image_size, data.channels, data.num_classes
+    names = tuple(f"class {i}" for i in range(classes))
+    mean, std = (0.498,) * channels, (0.205,) * channels  # of the sum of two uniform values in 0 .. 127
+    sizes = data.train_examples, data.test_examples
+    spec = image_spec(data.name, (size, size, channels), names, *sizes, mean=mean, std=std)
 
     def read() -> tuple[ArraySplit, ArraySplit]:
         random = np.random.Generator(np.random.Philox(0))
         coarse = random.integers(0, 128, (classes, 4, 4, channels), np.uint8)
-        cell = np.arange(data.image_size) * 4 // data.image_size
+        cell = np.arange(size) * 4 // size
         patterns = coarse[:, cell[:, None], cell]
 
         def split(examples: int) -> ArraySplit:
@@ -35,9 +30,9 @@ def open_synthetic(data: ConfigDict) -> Source:
             images += random.integers(0, 128, images.shape, np.uint8)
             return ArraySplit(images, labels)
 
-        return split(data.train_examples), split(data.test_examples)
+        return split(spec.train_examples), split(spec.test_examples)
 
-    return Source(spec, read, lambda: np.bincount(_labels(data.train_examples, classes), minlength=classes))
+    return Source(spec, read, lambda: np.bincount(_labels(spec.train_examples, classes), minlength=classes))
 
 
 def _labels(examples: int, classes: int) -> np.ndarray:

@@ -25,15 +25,9 @@ _IN_MEMORY = 2 * 2**30  # bytes of all images of a set that are decoded at the s
 
 
 class PreparedSplit(EncodedSplit):
-    """One split of a prepared set.
-
-    Args:
-      folder: of the set's version.
-      name: the split's.
-    """
+    """One split of a prepared set, which has this folder."""
 
     def __init__(self, folder: pathlib.Path, name: str):
-        """See the class."""
         import tensorflow_datasets as tfds
 
         builder = tfds.builder_from_directory(folder)
@@ -83,13 +77,8 @@ class PreparedSplit(EncodedSplit):
 def open_tfds(data: ConfigDict) -> Source:
     """The set that TFDS calls NAME, for `data.name` "tfds:NAME".
 
-    Args:
-      data: `dir` is where it lies, as `find` takes it; empty: `~/tensorflow_datasets`. With `download` TFDS prepares
-        it there where it is missing, which takes TensorFlow.
-
-    Raises:
-      FileNotFoundError: it is not there; the message says how to prepare it.
-      ValueError: as `find` and `open_prepared` do.
+    It lies in `dir` as `find` takes it, `~/tensorflow_datasets` where that is empty. With `download` TFDS prepares it
+    there where it is missing, which takes TensorFlow.
     """
     name = data.name.partition(":")[2]
     return open_prepared(data.name, name, _prepare(name, data.dir, data.download))
@@ -98,34 +87,21 @@ def open_tfds(data: ConfigDict) -> Source:
 def open_prepared(name: str, statistics: str, folder: pathlib.Path) -> Source:
     """A prepared set of images with a class each; they wait in memory, decoded, where they take at most 2 GiB.
 
-    The held-out split is `test`, or `validation` where that has no labels.
-
-    Args:
-      name: what the source is called.
-      statistics: whose mean and standard deviation are taken, ImageNet's where it is not in `STATISTICS`.
-      folder: of the set's version, as `find` gives it.
-
-    Raises:
-      ValueError: it is no set of images with a class each, or lacks one of the two splits.
+    The held-out split is `test`, or `validation` where that has no labels. Mean and standard deviation are those of
+    `STATISTICS[statistics]`, or else ImageNet's.
     """
     import tensorflow_datasets as tfds
 
     folder = folder.absolute()
     info = tfds.builder_from_directory(folder).info
-    features = dict(info.features.items())
+    features, kinds = dict(info.features.items()), tfds.features
     image, label = features.get("image"), features.get("label")
-    if (
-        not isinstance(image, tfds.features.Image)
-        or not isinstance(label, tfds.features.ClassLabel)
-        or image.np_dtype != np.uint8
-    ):
+    if not (isinstance(image, kinds.Image) and isinstance(label, kinds.ClassLabel) and image.np_dtype == np.uint8):
         raise ValueError(f"{folder} has no uint8 images `image` with a class `label` each, but {info.features}")
     held_out = (PreparedSplit(folder, split) for split in ("test", "validation") if split in info.splits)
     test = next((split for split in held_out if split.label(0) >= 0), None)
     if "train" not in info.splits or test is None:
-        raise ValueError(
-            f"{folder} needs splits train, and test or validation, with labels; it has {list(info.splits)}"
-        )
+        raise ValueError(f"{folder} needs splits train, and test or validation, with labels; it has {[*info.splits]}")
     train = PreparedSplit(folder, "train")
     encoded = None in image.shape or (len(train) + len(test)) * math.prod(image.shape) > _IN_MEMORY
     shape = (*image.shape[:2], 1 if image.shape[2] == 1 and not encoded else 3)
@@ -143,12 +119,8 @@ def open_prepared(name: str, statistics: str, folder: pathlib.Path) -> Source:
 def find(name: str, roots: Iterable[pathlib.Path]) -> pathlib.Path | None:
     """The folder of the newest version of a set that is prepared as array_record.
 
-    Args:
-      name: the set's, as TFDS has it; `NAME/CONFIG` for one of several configurations.
-      roots: folders with `NAME/[CONFIG/]VERSION/`, or a version's own folder.
-
-    Raises:
-      ValueError: it is prepared in several configurations, and none is named.
+    The name is NAME or NAME/CONFIG as TFDS has it; ValueError where it is prepared in several configurations and none
+    is named. The roots have `NAME/[CONFIG/]VERSION/` in them, or are a version's own folder.
     """
     readable = [(folder, facts) for folder, facts in _candidates(name, roots) if facts["fileFormat"] == _FORMAT]
     configs = sorted({facts.get("configName", "") for _, facts in readable})
@@ -183,14 +155,11 @@ def _candidates(name: str, roots: Iterable[pathlib.Path]) -> list[tuple[pathlib.
     name, _, config = name.partition("/")
     found = []
     for root in roots:
-        files = [
-            path for depth in ("", f"{name}/*/", f"{name}/*/*/") for path in root.glob(f"{depth}dataset_info.json")
-        ]
-        versions = [(file.parent, {"fileFormat": "tfrecord", **json.loads(file.read_text())}) for file in files]
-        versions.sort(key=lambda version: [int(part) for part in re.findall(r"\d+", version[0].name)], reverse=True)
-        found += versions
-    return [
-        (folder, facts)
-        for folder, facts in found
-        if facts.get("name") == name and config in ("", facts.get("configName"))
-    ]
+        patterns = ("", f"{name}/*/", f"{name}/*/*/")
+        folders = [file.parent for pattern in patterns for file in root.glob(f"{pattern}dataset_info.json")]
+        folders.sort(key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.name)], reverse=True)
+        for folder in folders:
+            facts = {"fileFormat": "tfrecord", **json.loads((folder / "dataset_info.json").read_text())}
+            if facts.get("name") == name and config in ("", facts.get("configName")):
+                found.append((folder, facts))
+    return found
