@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dpa_jax.activations import MUTABLE, summarize
+from dpa_jax.activations import summarize
 from dpa_jax.activations.penalties import RECORDS, Ratio
-from dpa_jax.data.augment import Mixed
-from dpa_jax.data.batch import Batch
+from dpa_jax.data.batch import Batch, Mixed
 from dpa_jax.training.metrics import Classification, cross_entropy
 from dpa_jax.training.state import TrainState
 
@@ -38,19 +37,19 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch):
         base_key = jax.random.wrap_key_data(state.key)
         augment_key, dropout_key, mix_key = jax.random.split(base_key, 3)
-        images, labels = transform(augment_key, batch), batch.labels
+        inputs, labels = transform(augment_key, batch), batch.labels
         if mix:
-            mixed = mix(jax.random.fold_in(mix_key, state.step), images, labels)
-            images, labels = mixed.inputs, mixed.labels
+            mixed = mix(jax.random.fold_in(mix_key, state.step), inputs, labels)
+            inputs, labels = mixed.inputs, mixed.labels
         dropout_key = jax.random.fold_in(dropout_key, state.step)
 
         def loss_fn(params, backward_memory):
             logits, mutated = model.apply(
                 state.replace(params=params, backward_memory=backward_memory).variables,
-                images,
+                inputs,
                 labels,
                 train=True,
-                mutable=[*MUTABLE, *state.model_state],
+                mutable=[RECORDS, *state.model_state],
                 rngs={"dropout": dropout_key},
             )
             summary = summarize(mutated)
