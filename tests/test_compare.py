@@ -209,7 +209,11 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(start, finished, t
     assert re.match(r"dpa:criterion=union, seeds 0 to 1: continuing after step [68] of 11\n", ended.stderr)
     reference = {name: lines for name, lines in records(finished).items() if name.startswith("dpa")}
     assert len(reference) == 3 and records(tmp_path) == reference
-    assert not list(tmp_path.glob("*/seeds-*"))
+    groups = sorted(tmp_path.glob("*/seeds-*"))
+    assert [group.name for group in groups] == ["seeds-0-1", "seeds-2-2"]
+    for group in groups:
+        with Checkpoints(group / "checkpoints", keep=1, read_only=True) as checkpoints:
+            assert checkpoints.latest_step == 11
 
 
 def test_what_is_finished_is_not_trained_again(finished, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -75,13 +74,8 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
         histories = {seed: read_history(folder / f"seed-{seed}") for seed in some}
         return [seed for seed, history in histories.items() if not history or history[-1]["epoch"] < config.epochs]
 
-    groups = []
-    for path in sorted(folder.glob("seeds-*-*")):
-        first, last = map(int, path.name.split("-")[1:])
-        if unfinished(range(first, last + 1)):
-            groups.append(range(first, last + 1))
-        else:
-            shutil.rmtree(path)  # killed after its last record
+    ends = sorted(tuple(map(int, path.name.split("-")[1:])) for path in folder.glob("seeds-*-*"))
+    groups = [range(first, last + 1) for first, last in ends if unfinished(range(first, last + 1))]
     rest = np.setdiff1d(unfinished(seeds), np.concatenate([[], *groups])).astype(int)
     if not groups and not rest.size:
         return
@@ -98,11 +92,10 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
 
 
 def _train_group(run: Run, name: str, seeds: range, folder: pathlib.Path) -> None:
-    """Trains consecutive seeds as one program; only the record of each is kept."""
+    """Trains consecutive seeds as one program, with one checkpoint; the record of each is in a folder of its own."""
     workdir = folder / f"seeds-{seeds[0]}-{seeds[-1]}"
     who = f"{name}, seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{name}, seed {seeds[0]}"
     train(run.with_seeds(seeds), workdir, [folder / f"seed-{seed}" for seed in seeds], who)
-    shutil.rmtree(workdir)
 
 
 def seeds_that_fit(run: Run, wanted: int) -> int:
