@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -141,10 +142,10 @@ def test_a_member_is_the_single_run_with_its_seed():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), states) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), group.abstract_state
     )
-    jax.tree.map(np.testing.assert_array_equal, group.members(states)[1], state)
+    chex.assert_trees_all_equal(group.members(states)[1], state)
     for step in range(6):  # the memories are updated in the fifth, in the middle of the second epoch
         batches, batch = [feed.train(step) for feed in group.feeds], single.feeds[0].train(step)
-        jax.tree.map(np.testing.assert_array_equal, batches[1], batch)
+        chex.assert_trees_all_equal(batches[1], batch)
         assert not np.array_equal(batches[0].index, batch.index)
         states, metrics = group.step(states, step)
         state, wanted = single.step(state, step)

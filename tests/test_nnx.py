@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -117,8 +118,7 @@ def nnx_step(model, optimizer, x, labels):
 
 
 def assert_close(ours, theirs):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6), ours, theirs)
+    chex.assert_trees_all_close(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def test_evaluation_reads_and_never_writes():
     variables = dict(act.init(jax.random.key(0), x))
     variables["activity_counters"] = make_step(act)(variables, x, labels)["counters"]
     _, mutated = act.apply(variables, x, labels, mutable=dpa_jax.MUTABLE)
-    jax.tree.map(np.testing.assert_array_equal, mutated["activity_counters"], variables["activity_counters"])
+    chex.assert_trees_all_equal(mutated["activity_counters"], variables["activity_counters"])
     counters = {k: np.asarray(v) for k, v in variables["activity_counters"].items()}
     weights = np.asarray(variables["params"]["decision_weights"])
     _, _, gate, aux = definition(counters, weights, np.maximum(x, 0).astype(np.float64), labels, False)
@@ -183,7 +184,7 @@ def test_bfloat16_is_judged_in_float32():
     low, high = (make_step(act)(variables, x.astype(dtype), labels) for dtype in (jnp.bfloat16, jnp.float32))
     assert low["y"].dtype == low["grad_x"].dtype == jnp.bfloat16
     assert low["logits"].dtype == low["grad_decision_weights"].dtype == jnp.float32
-    jax.tree.map(np.testing.assert_array_equal, low["counters"], high["counters"])
+    chex.assert_trees_all_equal(low["counters"], high["counters"])
     np.testing.assert_array_equal(low["mask"], high["mask"])
     np.testing.assert_array_equal(low["loss_gate"], high["loss_gate"])
 
@@ -211,9 +212,9 @@ def test_reset_returns_the_counters_and_nothing_else(transform):
     expected = {**variables, "activity_counters": {"layers": {"act": start}}}
     assert jax.tree.structure(out) == jax.tree.structure(expected)
     assert jax.tree.map(jnp.result_type, out) == jax.tree.map(jnp.result_type, expected)
-    jax.tree.map(np.testing.assert_array_equal, out, expected)
-    jax.tree.map(np.testing.assert_array_equal, reset(variables["activity_counters"]), expected["activity_counters"])
-    jax.tree.map(np.testing.assert_array_equal, reset({"forward_memory": memory}), {"forward_memory": memory})
+    chex.assert_trees_all_equal(out, expected)
+    chex.assert_trees_all_equal(reset(variables["activity_counters"]), expected["activity_counters"])
+    chex.assert_trees_all_equal(reset({"forward_memory": memory}), {"forward_memory": memory})
 
 
 def test_reset_keeps_a_frozen_dict_frozen():

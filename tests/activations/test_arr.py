@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_unlabelled_batch_changes_nothing_and_costs_nothing():
     loss, (grad,), after = step(variables, [x + 1], np.full(B, -1, np.int32))
     assert loss == 0
     assert not grad.any()
-    jax.tree.map(np.testing.assert_array_equal, after, variables)
+    chex.assert_trees_all_equal(after, variables)
 
 
 def test_pools_and_bfloat16_keep_float32_memories():
@@ -145,7 +146,7 @@ def test_evaluation_reads_and_never_writes_and_leaves_unseen_classes_out():
     assert (labels > 2).any()
     y, mutated = act.apply(variables, x, labels, mutable=dpa_jax.MUTABLE)
     np.testing.assert_array_equal(y, x)
-    jax.tree.map(np.testing.assert_array_equal, mutated["response_memory"], variables["response_memory"])
+    chex.assert_trees_all_equal(mutated["response_memory"], variables["response_memory"])
     seen = (labels >= 0) & (labels <= 2)
     expected = np.abs(x - np.asarray(variables["response_memory"]["mean"])[labels])[seen].mean()
     np.testing.assert_allclose(dpa_jax.penalties(mutated)["arr"], expected, rtol=1e-6)

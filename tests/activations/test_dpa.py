@@ -3,6 +3,7 @@
 import functools
 import json
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -211,7 +212,7 @@ def test_evaluation_reads_and_never_writes():
     chosen &= x > 0
     assert chosen.any()
     np.testing.assert_allclose(dpa_jax.penalties(mutated)["channel"], (x[chosen] ** 2).mean(), rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, mutated["forward_memory"], variables["forward_memory"])
+    chex.assert_trees_all_equal(mutated["forward_memory"], variables["forward_memory"])
 
 
 def test_bfloat16_inputs_keep_float32_memories():

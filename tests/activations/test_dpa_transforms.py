@@ -1,5 +1,6 @@
 """DPA inside of models, under JAX's and Flax's transformations and on several devices."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,7 @@ def plain():
 
 
 def assert_trees_close(a, b, atol=1e-6):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+    chex.assert_trees_all_close(a, b, rtol=0, atol=atol)
 
 
 def test_eager_equals_jit(plain):

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_auto_goes_by_the_rank_and_a_call_may_say_what_the_attribute_does(name, 
         (MECHANISMS[name](), {"pool": pool}),
     ]:
         found = train_call(act, act.init(jax.random.key(0), x, **options), x, labels, **options)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_without_a_word_the_pool_is_the_token():
@@ -73,7 +74,7 @@ def test_without_a_word_the_pool_is_the_token():
         train_call(act, act.init(jax.random.key(0), x), x, labels)
         for act in (dpa_jax.DPA(K, pool="token"), dpa_jax.DPA(K))
     )
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_a_pool_is_said_once():

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,7 @@ def test_it_is_the_same_as_handing_labels_down():
         x, labels = data(t, 5)
         (one, a), (two, b) = by_context(one, x, labels), by_hand(two, x, labels)
         np.testing.assert_array_equal(a, b)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    chex.assert_trees_all_equal(one, two)
 
 
 def run(step, variables, draw, *labels):

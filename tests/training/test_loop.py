@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -311,4 +312,4 @@ def test_no_evaluation_leaves_the_counters(tmp_path):
     train(run, tmp_path, [tmp_path])
     _, first = restore(config, tmp_path, step=1)
     (kept,) = (block["mlp"]["activation"] for block in first.model_state["activity_counters"].values())
-    jax.tree.map(np.testing.assert_array_equal, kept, counters)
+    chex.assert_trees_all_equal(kept, counters)

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import numpy as np
@@ -63,13 +64,13 @@ def test_mixed_images_are_learnt_with_both_labels_and_remembered_under_the_great
     np.testing.assert_allclose(metrics["loss_cross_entropy"], expected, rtol=1e-6)
     assert abs(losses[0] - losses[1]) > 1e-3
     (greater, _), _ = parts
-    jax.tree.map(np.testing.assert_array_equal, state.model_state, greater.model_state)
+    chex.assert_trees_all_equal(state.model_state, greater.model_state)
 
 
 def test_each_step_mixes_anew_and_the_same_step_alike():
     mix = functools.partial(augment.mix, mixup=0.8, cutmix=1.0)
     one, other = run(mix, steps=3), run(mix, steps=3)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
     weights = []
 
     def watched(key, images, labels):

@@ -1,5 +1,6 @@
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_any_devices_mix_alike_and_send_nothing():
         assert not re.search(r"(all|reduce|collective)-(gather|reduce|to-all|scatter|permute)", program.as_text())
         results.append(jax.device_get(program(*jax.device_put((images, labels), rows))))
     for other in results[1:]:
-        jax.tree.map(np.testing.assert_array_equal, other, results[0])
+        chex.assert_trees_all_equal(other, results[0])
     assert np.array_equal(results[0].others, results[0].labels ^ 1)
 
 
