@@ -49,3 +49,21 @@ def test_groups_of_one_size_share_what_is_compiled():
     assert first._step is second._step and first._step._cache_size() == 1
     run.step(run.init(), 0)
     assert run._step._cache_size() == 2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["scanned first", "unrolled first"])
+def test_a_run_goes_on_in_the_other_form_of_its_blocks(first, tmp_path):
+    """Checkpoints of scanned and of unrolled blocks are the same, so one form continues the other."""
+
+    def config(scan, epochs):
+        options = {"model_options__depth": 2, "model_options__scan": scan, "model_options__stochastic_depth": 0.2}
+        return tiny_config(
+            epochs=epochs, allow_change="model_options.scan,epochs", schedule__name="constant", **options
+        )
+
+    alone = train_and_evaluate(config(first, 2), tmp_path / "alone")
+    train_and_evaluate(config(first, 1), tmp_path / "both")
+    both = train_and_evaluate(config(not first, 2), tmp_path / "both")
+    for name in ("train_loss", "eval_loss", "loss_channel", "gradient_norm"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+    assert alone["masked_fraction"] > 0
