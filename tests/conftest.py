@@ -20,6 +20,10 @@ import pytest
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--faults-every", type=int, default=1, metavar="N", help="Of the hostile cases, only the first of every N.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
     assert jax.default_backend() == "cpu"
