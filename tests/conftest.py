@@ -21,7 +21,9 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults-every", type=int, default=1, metavar="N", help="Of the hostile cases, only the first of every N.")
+    parser.addoption(
+        "--faults-every", type=int, default=1, metavar="N", help="Of the hostile cases, only the first of every N."
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

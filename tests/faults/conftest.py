@@ -5,7 +5,7 @@ import pathlib
 import pytest
 from hypothesis import settings
 
-from tests.faults.harness import OUTCOMES, Case, Fault
+from tests.faults.harness import OUTCOMES, Case
 
 _HERE = pathlib.Path(__file__).parent
 
