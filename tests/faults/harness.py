@@ -5,16 +5,21 @@ campaign takes the fixture `case` and says what is to come of what it does; wher
 of the others.
 """
 
+import atexit
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
+from multiprocessing import forkserver
 from typing import NamedTuple
 
 import dpa_jax
@@ -42,13 +47,6 @@ TINY = (
     "--config.epochs=2",
 )
 
-# One device, and machine code that is not optimised: much is compiled here, and little computed.
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    "PYTHONPATH": str(ROOT),
-}
 # What the programs import; a forked process has it from the start.
 _PRELOADED = (
     "dpa_jax.train",
@@ -59,6 +57,24 @@ _PRELOADED = (
     "tensorboardX",
     "tests.faults.harness",
 )
+
+
+@functools.cache
+def environment():
+    """What programs run in, beside the test's own variables."""
+    compiled = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        # Machine code that is not optimised: much is compiled here, and little computed.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        # A program that is started again, or on a damaged copy, is the same program.
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 class Fault(Exception):
@@ -95,7 +111,7 @@ class Program:
                 out, err = (stack.enter_context(path.open("wb")) for path in self._streams)
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],
-                    env=os.environ | _ENVIRONMENT | env,
+                    env=os.environ | environment() | env,
                     cwd=ROOT,
                     stdout=out,
                     stderr=err,
@@ -285,15 +301,14 @@ def _run(module, argv, folder, out=None, err=None):
     main.main(argv)
 
 
+@functools.cache
 def _forks():
     """Processes that begin with everything imported: what is tried takes seconds less."""
     context = multiprocessing.get_context("forkserver")
-    if not getattr(_forks, "started", False):
-        before = dict(os.environ)
-        os.environ.update(_ENVIRONMENT)
-        context.set_forkserver_preload(list(_PRELOADED))
-        multiprocessing.forkserver.ensure_running()
-        os.environ.clear()
-        os.environ.update(before)
-        _forks.started = True
+    context.set_forkserver_preload(list(_PRELOADED))
+    before = dict(os.environ)
+    os.environ.update(environment())
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
     return context
