@@ -1,0 +1,213 @@
+"""Stateful activations in a linen model whose code calls `relu`, `gelu` or `silu`, without a change to it."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import fnmatch
+import functools
+import operator
+import sys
+import threading
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import FrozenDict
+
+from dpa_jax.activations.mechanism import Mechanism
+
+Function = Callable[..., jax.Array]
+
+# `nn.relu`, `nn.swish` and the like are these same objects.
+REPLACED: dict[str, Function] = {name: getattr(jax.nn, name) for name in ("relu", "gelu", "silu")}
+"""The functions that `swap` replaces, by name."""
+
+_active: contextvars.ContextVar[_Swap | None] = contextvars.ContextVar("swap", default=None)
+# JAX keys its trace caches on this: what was traced with the plain functions is not taken for the swapped.
+_cache_key = jax.make_user_context(None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place where a function was replaced: the module path of the activation, and what it was called with."""
+
+    path: str
+    function: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Sites(dict[str, Site]):
+    """The sites of a model by path; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [(site.path, site.function, f"{site.dtype}{list(site.shape)}") for site in self.values()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+@contextlib.contextmanager
+def swap(
+    factory: Callable[..., nn.Module],
+    *,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    pool: str | Callable[[Site], str] = "auto",
+) -> Iterator[Sites]:
+    """(docstring later)."""
+    block = _Swap(factory, _patterns(include), _patterns(exclude), pool)
+    token = _active.set(block)
+    try:
+        key = (factory, block.include, block.exclude, pool)
+        with _patched(), nn.intercept_methods(block.intercept), _cache_key(key):
+            yield block.sites
+    finally:
+        _active.reset(token)
+
+
+@dataclasses.dataclass
+class _Frame:
+    """A method of a module that is running, and how often each function was called since the module was entered."""
+
+    module: nn.Module
+    method: str
+    calls: Counter[str]
+
+
+@dataclasses.dataclass
+class _Swap:
+    """What a block replaces, and where it has."""
+
+    factory: Callable[..., nn.Module]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    pool: str | Callable[[Site], str]
+    sites: Sites = dataclasses.field(default_factory=Sites)
+    frames: list[_Frame] = dataclasses.field(default_factory=list)
+
+    def intercept(self, method: Function, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        """Runs a method of a module with the functions in its fields replaced."""
+        module, before = context.module, {}
+        for field in dataclasses.fields(module):
+            value = getattr(module, field.name, None)
+            if field.name not in ("parent", "name") and (new := _replaced(value)) is not value:
+                before[field.name] = value
+                object.__setattr__(module, field.name, new)
+        # A method that its own module calls goes on counting.
+        calls = next((frame.calls for frame in self.frames if frame.module is module), Counter())
+        self.frames.append(_Frame(module, context.method_name, calls))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            self.frames.pop()
+            for name, value in before.items():
+                object.__setattr__(module, name, value)
+
+    def call(self, name: str, original: Function, x: jax.Array, args: tuple, kwargs: dict) -> jax.Array:
+        """In place of a call of the function: the activation's, in a scope of its own below the module that calls."""
+        if not self.frames or isinstance(self.frames[-1].module, Mechanism):  # its own function stays
+            return original(x, *args, **kwargs)
+        frame = self.frames[-1]
+        own = name if frame.method == "__call__" else f"{frame.method}_{name}"
+        own = f"{own}_{frame.calls[own]}"
+        frame.calls[own.rpartition("_")[0]] += 1
+        path = "/".join((*frame.module.scope.path, own))
+        if not _matches(path, self.include) or _matches(path, self.exclude):
+            return original(x, *args, **kwargs)
+        site = Site(path, name, x.shape, x.dtype)
+        module = self.factory(parent=frame.module.scope.push(own, reuse=True))
+        self.sites[path] = site
+        if isinstance(module, Mechanism) and getattr(module, "pool", "") is None:
+            return module(x, pool=self.pool(site) if callable(self.pool) else self.pool)
+        return module(x)
+
+
+def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+# ---------------- Where the functions are ----------------
+
+
+def _make_replacement(name: str, original: Function) -> Function:
+    @functools.wraps(original)
+    def replacement(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        swap = _active.get()
+        return original(x, *args, **kwargs) if swap is None else swap.call(name, original, x, args, kwargs)
+
+    return replacement
+
+
+_REPLACEMENTS = {id(function): _make_replacement(name, function) for name, function in REPLACED.items()}
+
+
+def _replaced(value: Any) -> Any:
+    """The value with replacements for the functions in it; itself where there are none."""
+    if id(value) in _REPLACEMENTS:
+        return _REPLACEMENTS[id(value)]
+    if isinstance(value, functools.partial):
+        function = _replaced(value.func)
+        return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
+    if type(value) in (tuple, list):
+        items = [_replaced(item) for item in value]
+        return type(value)(items) if any(map(operator.is_not, items, value)) else value
+    if type(value) in (dict, FrozenDict):
+        items = {key: _replaced(item) for key, item in value.items()}
+        return type(value)(items) if any(items[key] is not value[key] for key in items) else value
+    return value
+
+
+_lock = threading.Lock()
+_blocks, _undo = 0, []
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[None]:
+    """Puts the replacements where code finds the functions: they do nothing where no block of their thread lasts."""
+    global _blocks
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            _undo[:] = [put(new) or functools.partial(put, value) for put, value, new in _references()]
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if not _blocks:
+                for undo in _undo:
+                    undo()
+
+
+def _references() -> list[tuple[Callable[[Any], None], Any, Any]]:
+    """(what puts another value there, the value, the value to put) of every place that has one of the functions."""
+    found = []
+
+    def look(put: Callable[[Any], None], value: Any) -> None:
+        if (new := _replaced(value)) is not value:
+            found.append((put, value, new))
+
+    for name, module in list(sys.modules.items()):
+        if module is not None and not name.startswith(("jax._src", "dpa_jax")):
+            for key, value in list(vars(module).items()):
+                look(functools.partial(setattr, module, key), value)
+    classes = [nn.Module]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        for function in vars(cls).values():
+            if isinstance(function, types.FunctionType) and function.__name__ != "__init__":
+                for part in ("__defaults__", "__kwdefaults__"):
+                    look(functools.partial(setattr, function, part), getattr(function, part))
+                for cell in function.__closure__ or ():
+                    with contextlib.suppress(ValueError):  # not yet filled
+                        look(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
+    return found
