@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         reset_counters,
         summarize,
         supervise,
+        swap,
     )
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation", "penalties"]
-__all__ += ["register", "reset_counters", "summarize", "supervise"]
+__all__ += ["register", "reset_counters", "summarize", "supervise", "swap"]
 __all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 

@@ -13,10 +13,21 @@ from dpa_jax.activations.penalties import Ratio, Record, Summary, penalties, sum
 from dpa_jax.activations.raa import RAA
 from dpa_jax.activations.registry import activation, default_coefficients, register, reset_counters
 from dpa_jax.activations.supervision import supervise
+from dpa_jax.activations.swap import Site, swap
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism"]
-__all__ += ["Ratio", "Record", "Summary", "Variable", "activation", "default_coefficients", "penalties", "register"]
-__all__ += ["remember_gradient", "reset_counters", "summarize", "supervise", "threshold"]
+__all__ += [
+    "Ratio",
+    "Record",
+    "Site",
+    "Summary",
+    "Variable",
+    "activation",
+    "default_coefficients",
+    "penalties",
+    "register",
+]
+__all__ += ["remember_gradient", "reset_counters", "summarize", "supervise", "swap", "threshold"]
 
 MUTABLE: tuple[str, ...]
 COLLECTIONS: tuple[str, ...]

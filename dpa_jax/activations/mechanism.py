@@ -149,6 +149,13 @@ class Mechanism(nn.Module):
             if hasattr(self, "pool"):
                 how(x)  # a wrong shape shows here, not in the first training step
             for variable in self.kept.values():
+                if not self.is_mutable_collection(variable.collection):
+                    where = f"{type(self).__name__} {'/'.join(self.path)!r}"
+                    raise ValueError(
+                        f"{where}: {variable.collection!r} is not passed on to it. "
+                        "nn.scan and nn.vmap need an axis for every collection: "
+                        "variable_axes={..., **dict.fromkeys(dpa_jax.COLLECTIONS, 0)}"
+                    )
                 shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
                 if variable.collection == "params":
                     self.param(variable.name, variable.start, shape, variable.dtype)

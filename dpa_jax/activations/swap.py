@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import fnmatch
 import functools
+import inspect
 import operator
 import sys
 import threading
@@ -59,7 +60,49 @@ def swap(
     exclude: str | Iterable[str] = (),
     pool: str | Callable[[Site], str] = "auto",
 ) -> Iterator[Sites]:
-    """(docstring later)."""
+    """Makes every `relu`, `gelu` and `silu` that a linen model calls a stateful activation, while the block lasts.
+
+    The model's code stays as it is. Enter the block around ``init`` and around ``apply``; labels come from
+    `supervise`::
+
+        factory = dpa_jax.activation("dpa", num_classes=10)
+        with dpa_jax.swap(factory) as sites:
+            variables = model.init(jax.random.key(0), images)
+        print(sites)
+
+        @jax.jit
+        def train_step(params, backward_memory, memories, images, labels):
+            def loss_fn(params, backward_memory):
+                variables = {"params": params, "backward_memory": backward_memory, **memories}
+                with dpa_jax.swap(factory), dpa_jax.supervise(labels, train=True):
+                    logits, mutated = model.apply(variables, images, mutable=dpa_jax.MUTABLE)
+                ...
+
+    Each call of a function becomes a module of its own below the module whose method makes it, named after the
+    function and counted: ``Block_0/relu_0``, and ``Block_0/mlp_relu_0`` where a method ``mlp`` makes it. The model's
+    parameters have the names and, at the start, the values that they had: trained ones can be loaded.
+
+    Replaced are the functions of `jax.nn` and `flax.linen` (``swish`` too) wherever code finds them: in ``nn.relu``,
+    imported by name, in fields and lists of modules, in default arguments, in tables, in `functools.partial`, which
+    keeps its arguments. It works under ``jit``, ``nn.remat``, ``nn.vmap`` and ``nn.scan``; the last two need an axis
+    for the collections of the activation. A function that was traced outside of the block is traced anew in it.
+
+    Args:
+        factory: as `dpa_jax.activation` makes it, or a module class with every attribute at a default.
+        include: a pattern of module paths, or several, as `fnmatch` has them; a call elsewhere stays as it is.
+        exclude: those that stay although ``include`` has them.
+        pool: for mechanisms whose ``pool`` is not set, how features become one vector a sample: by the rank, as
+            `DPA` says, or a function from a `Site` to the name of a pool.
+
+    Yields:
+        The sites, by path, of what is traced in the block; none where a function was traced in an earlier block,
+        and one for all equal modules under `nn.jit`.
+
+    Raises:
+        TypeError: if ``factory`` cannot be called.
+    """
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"swap: factory must make modules, as dpa_jax.activation(...) does; got {factory!r}")
     block = _Swap(factory, _patterns(include), _patterns(exclude), pool)
     token = _active.set(block)
     try:
@@ -89,9 +132,12 @@ class _Swap:
     pool: str | Callable[[Site], str]
     sites: Sites = dataclasses.field(default_factory=Sites)
     frames: list[_Frame] = dataclasses.field(default_factory=list)
+    inside: bool = False  # of an activation, whose own function stays
 
     def intercept(self, method: Function, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         """Runs a method of a module with the functions in its fields replaced."""
+        if self.inside:
+            return method(*args, **kwargs)
         module, before = context.module, {}
         for field in dataclasses.fields(module):
             value = getattr(module, field.name, None)
@@ -110,9 +156,9 @@ class _Swap:
 
     def call(self, name: str, original: Function, x: jax.Array, args: tuple, kwargs: dict) -> jax.Array:
         """In place of a call of the function: the activation's, in a scope of its own below the module that calls."""
-        if not self.frames or isinstance(self.frames[-1].module, Mechanism):  # its own function stays
+        frame = self.frames[-1] if self.frames else None
+        if frame is None or frame.module.scope is None or self.inside or isinstance(frame.module, Mechanism):
             return original(x, *args, **kwargs)
-        frame = self.frames[-1]
         own = name if frame.method == "__call__" else f"{frame.method}_{name}"
         own = f"{own}_{frame.calls[own]}"
         frame.calls[own.rpartition("_")[0]] += 1
@@ -122,9 +168,13 @@ class _Swap:
         site = Site(path, name, x.shape, x.dtype)
         module = self.factory(parent=frame.module.scope.push(own, reuse=True))
         self.sites[path] = site
-        if isinstance(module, Mechanism) and getattr(module, "pool", "") is None:
-            return module(x, pool=self.pool(site) if callable(self.pool) else self.pool)
-        return module(x)
+        pooled = isinstance(module, Mechanism) and getattr(module, "pool", "") is None
+        options = {"pool": self.pool(site) if callable(self.pool) else self.pool} if pooled else {}
+        self.inside = True
+        try:
+            return module(x, **options)
+        finally:
+            self.inside = False
 
 
 def _patterns(given: str | Iterable[str]) -> tuple[str, ...]:
@@ -161,13 +211,14 @@ def _replaced(value: Any) -> Any:
         items = [_replaced(item) for item in value]
         return type(value)(items) if any(map(operator.is_not, items, value)) else value
     if type(value) in (dict, FrozenDict):
-        items = {key: _replaced(item) for key, item in value.items()}
-        return type(value)(items) if any(items[key] is not value[key] for key in items) else value
+        named = {key: _replaced(item) for key, item in value.items()}
+        return type(value)(named) if any(map(operator.is_not, named.values(), value.values())) else value
     return value
 
 
 _lock = threading.Lock()
-_blocks, _undo = 0, []
+_blocks = 0
+_undo: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -196,18 +247,28 @@ def _references() -> list[tuple[Callable[[Any], None], Any, Any]]:
         if (new := _replaced(value)) is not value:
             found.append((put, value, new))
 
+    def look_inside(function: Any) -> None:
+        function = inspect.unwrap(function) if callable(function) else None  # as it was written, not as flax wraps it
+        if isinstance(function, types.FunctionType):
+            for part in ("__defaults__", "__kwdefaults__"):
+                look(functools.partial(setattr, function, part), getattr(function, part))
+            for cell in function.__closure__ or ():
+                with contextlib.suppress(ValueError):  # not yet filled
+                    look(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
+
     for name, module in list(sys.modules.items()):
         if module is not None and not name.startswith(("jax._src", "dpa_jax")):
             for key, value in list(vars(module).items()):
-                look(functools.partial(setattr, module, key), value)
+                if type(value) is types.FunctionType and value.__module__ == name:
+                    look_inside(value)
+                elif type(value) in (dict, list):  # such as a table by name; it stays the same object
+                    for place, item in list(value.items() if type(value) is dict else enumerate(value)):
+                        look(functools.partial(value.__setitem__, place), item)
+                else:
+                    look(functools.partial(setattr, module, key), value)
     classes = [nn.Module]
     for cls in classes:
         classes += cls.__subclasses__()
-        for function in vars(cls).values():
-            if isinstance(function, types.FunctionType) and function.__name__ != "__init__":
-                for part in ("__defaults__", "__kwdefaults__"):
-                    look(functools.partial(setattr, function, part), getattr(function, part))
-                for cell in function.__closure__ or ():
-                    with contextlib.suppress(ValueError):  # not yet filled
-                        look(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
+        for method in vars(cls).values():
+            look_inside(method)
     return found
