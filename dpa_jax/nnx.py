@@ -9,6 +9,8 @@ made of. ``docs/nnx.md`` has an example.
 
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from flax import nnx
 
 from dpa_jax import activations
 from dpa_jax.activations.penalties import RECORDS
+from dpa_jax.activations.swap import Site, Sites, name_of, replacing, with_replacements
 from dpa_jax.checks import check_range
 
 
@@ -226,3 +229,85 @@ def reset_counters(model: nnx.Module) -> None:
                 if variable.resets:
                     old = getattr(module, key)
                     old[...] = variable.start(None, old[...].shape, variable.dtype)
+
+
+def swap(model: nnx.Module, factory: Callable[..., nnx.Module], *inputs: Any, **named_inputs: Any) -> Sites:
+    """Puts stateful activations in place of every `relu`, `gelu` and `silu` that a model's modules hold as attributes.
+
+    Example::
+
+        sites = dpa_jax.nnx.swap(model, functools.partial(dpa_jax.nnx.DPA, 10, pool="auto"), images)
+        print(sites)
+
+    Such are ``self.act = nnx.relu``, those in lists, as in `nnx.Sequential`, and in `functools.partial`. The model is
+    changed in place; its parameters stay. It is called once, without computing, to see the channels of each.
+
+    Args:
+        model: what is changed.
+        factory: called with ``num_features=``, the number of channels; makes a module.
+        *inputs: what the model is called with; shapes will do, `jax.ShapeDtypeStruct`.
+        **named_inputs: likewise, by name.
+
+    Returns:
+        The sites by path. A function that no attribute holds, such as that of ``nnx.relu(x)`` in a method, cannot be
+        replaced: a warning names the lines that call one. One that the model holds and does not call stays.
+
+    Raises:
+        ValueError: if the model calls one of them with different numbers of channels.
+    """
+    attributes = {
+        "/".join(map(str, (*path, name))): (module, name, value)
+        for path, module in nnx.iter_modules(model)
+        for name, value in vars(module).items()
+        if with_replacements(value) is not value
+    }
+    calls: dict[str, list[jax.Array]] = {}
+    unreached: dict[str, None] = {}
+
+    def seen(path: str, function: Callable[..., jax.Array], x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        calls.setdefault(path, []).append(x)
+        return function(x, *args, **kwargs)
+
+    def unreachable(
+        name: str, original: Callable[..., jax.Array], x: jax.Array, args: tuple, kwargs: dict
+    ) -> jax.Array:
+        caller = sys._getframe(2)  # beyond the replacement
+        unreached[f"{name} in {caller.f_code.co_filename}, line {caller.f_lineno}"] = None
+        return original(x, *args, **kwargs)
+
+    try:
+        for path, (module, name, value) in attributes.items():
+            watched = functools.partial(seen, path, value) if name_of(value) else with_replacements(value)
+            _set(module, name, watched)
+        graph, state = nnx.split(model)
+
+        def call(state: Any, inputs: Any, named_inputs: Any) -> None:
+            nnx.merge(graph, state)(*inputs, **named_inputs)
+
+        with replacing(unreachable):
+            jax.eval_shape(call, state, inputs, named_inputs)
+    finally:
+        for module, name, value in attributes.values():
+            _set(module, name, value)
+
+    sites = Sites()
+    for path, given in calls.items():
+        channels = {x.shape[-1] for x in given}
+        if len(channels) > 1:
+            raise ValueError(f"swap: {path} is called with {sorted(channels)} channels; a memory has one number")
+        sites[path] = Site(path, name_of(attributes[path][2]) or "", given[0].shape, given[0].dtype)
+    for path, site in sites.items():
+        module, name, _ = attributes[path]
+        _set(module, name, nnx.data(factory(num_features=site.shape[-1])))
+    if unreached:
+        lines = "; ".join(unreached)
+        warnings.warn(f"swap: no attribute of the model holds these, which stay: {lines}", stacklevel=2)
+    return sites
+
+
+def _set(module: nnx.Module, name: str, value: Any) -> None:
+    """Sets an attribute, or what a list has at an index."""
+    if isinstance(module, nnx.List):
+        module[int(name)] = value
+    else:
+        setattr(module, name, value)

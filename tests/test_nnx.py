@@ -1,5 +1,6 @@
 """The NNX modules against the linen ones, in training steps and under NNX's transformations."""
 
+import functools
 import pathlib
 import re
 
@@ -344,3 +345,62 @@ def test_the_documented_example_learns(capsys):
     exec(compile(example, str(DOCUMENT), "exec"), {"__name__": "__main__"})
     (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) > 0.8
+
+
+class _Public(nnx.Module):
+    """Functions in attributes, in a list, in a partial, and where `swap` cannot reach them."""
+
+    def __init__(self, rngs):
+        self.act, self.unused = nnx.relu, nnx.silu
+        gelu = functools.partial(nnx.gelu, approximate=False)
+        self.seq = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), nnx.relu, nnx.Linear(6, 3, rngs=rngs), gelu)
+        self.norm, self.pair = nnx.BatchNorm(3, rngs=rngs), (nnx.silu, nnx.relu)
+
+    def __call__(self, x):
+        return self.pair[0](self.norm(self.seq(nnx.relu(self.act(x)))))
+
+
+def test_swap_replaces_what_modules_hold_and_names_what_they_call():
+    model, plain = _Public(nnx.Rngs(0)), _Public(nnx.Rngs(0))
+    x, labels = jax.random.normal(jax.random.key(0), (6, 4)), jnp.arange(6) % 3
+    first = _Public.__call__.__code__.co_firstlineno + 1
+    with pytest.warns(UserWarning, match="no attribute of the model holds these") as warned:
+        sites = dpa_jax.nnx.swap(
+            model, functools.partial(dpa_jax.nnx.DPA, 3, pool="none"), jax.ShapeDtypeStruct(x.shape, x.dtype)
+        )
+    assert str(warned[0].message).count(f"test_nnx.py, line {first}") == 2  # nnx.relu, and the one in a tuple
+    assert {path: (site.function, site.shape) for path, site in sites.items()} == {
+        "act": ("relu", (6, 4)),
+        "seq/layers/1": ("relu", (6, 6)),
+        "seq/layers/3": ("gelu", (6, 3)),
+    }
+    assert model.unused is nnx.silu and model.pair == (nnx.silu, nnx.relu)
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m, (nnx.Param, nnx.BatchStat))) for m in (model, plain)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    @nnx.jit
+    def step(model, x, labels):
+        def loss_fn(model):
+            with dpa_jax.supervise(labels, train=True):
+                y, records = dpa_jax.nnx.recorded(model)(x)
+            return jnp.sum(y**2) + dpa_jax.penalties(records)["channel"]
+
+        return dpa_jax.nnx.value_and_grad(loss_fn)(model)[0]
+
+    for _ in range(5):
+        step(model, x, labels)
+    assert all(np.any(memory) for memory in jax.tree.leaves(nnx.state(model, dpa_jax.nnx.BackwardMemory)))
+
+
+def test_swap_refuses_one_activation_for_different_channels():
+    class Shared(nnx.Module):
+        def __init__(self, rngs):
+            self.act, self.linear = nnx.relu, nnx.Linear(4, 5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.act(self.linear(self.act(x)))
+
+    model = Shared(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"swap: act is called with \[4, 5\] channels"):
+        dpa_jax.nnx.swap(model, functools.partial(dpa_jax.nnx.DPA, 3), jnp.ones((2, 4)))
+    assert model.act is nnx.relu

@@ -28,7 +28,10 @@ Function = Callable[..., jax.Array]
 REPLACED: dict[str, Function] = {name: getattr(jax.nn, name) for name in ("relu", "gelu", "silu")}
 """The functions that `swap` replaces, by name."""
 
-_active: contextvars.ContextVar[_Swap | None] = contextvars.ContextVar("swap", default=None)
+Call = Callable[[str, Function, jax.Array, tuple, dict], jax.Array]
+"""Takes a call of one of them: its name, the function, its input and its other arguments."""
+
+_active: contextvars.ContextVar[Call | None] = contextvars.ContextVar("swap", default=None)
 # JAX keys its trace caches on this: what was traced with the plain functions is not taken for the swapped.
 _cache_key = jax.make_user_context(None)
 
@@ -104,13 +107,9 @@ def swap(
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(f"swap: factory must make modules, as dpa_jax.activation(...) does; got {factory!r}")
     block = _Swap(factory, _patterns(include), _patterns(exclude), pool)
-    token = _active.set(block)
-    try:
-        key = (factory, block.include, block.exclude, pool)
-        with _patched(), nn.intercept_methods(block.intercept), _cache_key(key):
-            yield block.sites
-    finally:
-        _active.reset(token)
+    key = (factory, block.include, block.exclude, pool)
+    with replacing(block.call), nn.intercept_methods(block.intercept), _cache_key(key):
+        yield block.sites
 
 
 @dataclasses.dataclass
@@ -141,7 +140,7 @@ class _Swap:
         module, before = context.module, {}
         for field in dataclasses.fields(module):
             value = getattr(module, field.name, None)
-            if field.name not in ("parent", "name") and (new := _replaced(value)) is not value:
+            if field.name not in ("parent", "name") and (new := with_replacements(value)) is not value:
                 before[field.name] = value
                 object.__setattr__(module, field.name, new)
         # A method that its own module calls goes on counting.
@@ -191,8 +190,8 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
 def _make_replacement(name: str, original: Function) -> Function:
     @functools.wraps(original)
     def replacement(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        swap = _active.get()
-        return original(x, *args, **kwargs) if swap is None else swap.call(name, original, x, args, kwargs)
+        call = _active.get()
+        return original(x, *args, **kwargs) if call is None else call(name, original, x, args, kwargs)
 
     return replacement
 
@@ -200,18 +199,24 @@ def _make_replacement(name: str, original: Function) -> Function:
 _REPLACEMENTS = {id(function): _make_replacement(name, function) for name, function in REPLACED.items()}
 
 
-def _replaced(value: Any) -> Any:
+def name_of(value: Any) -> str | None:
+    """The name of one of the functions, also where some of its arguments are set; None of anything else."""
+    function = value.func if isinstance(value, functools.partial) else value
+    return next((name for name, replaced in REPLACED.items() if function is replaced), None)
+
+
+def with_replacements(value: Any) -> Any:
     """The value with replacements for the functions in it; itself where there are none."""
     if id(value) in _REPLACEMENTS:
         return _REPLACEMENTS[id(value)]
     if isinstance(value, functools.partial):
-        function = _replaced(value.func)
+        function = with_replacements(value.func)
         return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
     if type(value) in (tuple, list):
-        items = [_replaced(item) for item in value]
+        items = [with_replacements(item) for item in value]
         return type(value)(items) if any(map(operator.is_not, items, value)) else value
     if type(value) in (dict, FrozenDict):
-        named = {key: _replaced(item) for key, item in value.items()}
+        named = {key: with_replacements(item) for key, item in value.items()}
         return type(value)(named) if any(map(operator.is_not, named.values(), value.values())) else value
     return value
 
@@ -222,16 +227,18 @@ _undo: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
-def _patched() -> Iterator[None]:
-    """Puts the replacements where code finds the functions: they do nothing where no block of their thread lasts."""
+def replacing(call: Call) -> Iterator[None]:
+    """Hands every call of the functions to ``call``, wherever code finds them, while the block lasts."""
     global _blocks
-    with _lock:
+    with _lock:  # another thread's block may last already: what is put in place does nothing outside of a block
         _blocks += 1
         if _blocks == 1:
             _undo[:] = [put(new) or functools.partial(put, value) for put, value, new in _references()]
+    token = _active.set(call)
     try:
         yield
     finally:
+        _active.reset(token)
         with _lock:
             _blocks -= 1
             if not _blocks:
@@ -244,7 +251,7 @@ def _references() -> list[tuple[Callable[[Any], None], Any, Any]]:
     found = []
 
     def look(put: Callable[[Any], None], value: Any) -> None:
-        if (new := _replaced(value)) is not value:
+        if (new := with_replacements(value)) is not value:
             found.append((put, value, new))
 
     def look_inside(function: Any) -> None:
