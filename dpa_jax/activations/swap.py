@@ -270,7 +270,8 @@ def _references() -> list[tuple[Callable[[Any], None], Any, Any]]:
                     look_inside(value)
                 elif type(value) in (dict, list):  # such as a table by name; it stays the same object
                     for place, item in list(value.items() if type(value) is dict else enumerate(value)):
-                        look(functools.partial(value.__setitem__, place), item)
+                        if name_of(item):  # and not what is in it: some tables hold themselves
+                            look(functools.partial(value.__setitem__, place), item)
                 else:
                     look(functools.partial(setattr, module, key), value)
     classes = [nn.Module]
