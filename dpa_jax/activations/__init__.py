@@ -6,6 +6,7 @@ from dpa_jax.activations import registry
 from dpa_jax.activations.aiec import AIEC
 from dpa_jax.activations.arr import ARR
 from dpa_jax.activations.baselines import GDN, Elementwise
+from dpa_jax.activations.diagnose import diagnose
 from dpa_jax.activations.dpa import DPA, threshold
 from dpa_jax.activations.mechanism import Mechanism, Variable
 from dpa_jax.activations.memory import remember_gradient
@@ -15,19 +16,10 @@ from dpa_jax.activations.registry import activation, default_coefficients, regis
 from dpa_jax.activations.supervision import supervise
 from dpa_jax.activations.swap import Site, swap
 
-__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism"]
-__all__ += [
-    "Ratio",
-    "Record",
-    "Site",
-    "Summary",
-    "Variable",
-    "activation",
-    "default_coefficients",
-    "penalties",
-    "register",
-]
-__all__ += ["remember_gradient", "reset_counters", "summarize", "supervise", "swap", "threshold"]
+__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism", "Ratio"]
+__all__ += ["Record", "Site", "Summary", "Variable", "activation", "default_coefficients", "diagnose"]
+__all__ += ["penalties", "register", "remember_gradient", "reset_counters", "summarize", "supervise", "swap"]
+__all__ += ["threshold"]
 
 MUTABLE: tuple[str, ...]
 COLLECTIONS: tuple[str, ...]
