@@ -33,11 +33,12 @@ def train(model=None, steps=8, labels=LABELS, wrong="", bias=0.0):
     variables, results = before, []
     adam = optax.adam(3.0)
     opt_state = adam.init(variables["backward_memory"])
-    for _ in range(steps):
+    mutable = dpa_jax.MUTABLE[:-1] if wrong == "no records" else dpa_jax.MUTABLE
 
-        def loss_fn(params, backward, variables=variables):
+    @jax.jit
+    def gradients_of(variables):
+        def loss_fn(params, backward):
             given = {**variables, "params": params, "backward_memory": backward}
-            mutable = dpa_jax.MUTABLE[:-1] if wrong == "no records" else dpa_jax.MUTABLE
             logits, mutated = model.apply(given, X, labels, train=wrong != "train not passed", mutable=mutable)
             channel = dpa_jax.penalties(mutated).get("channel", 0.0)
             return jnp.sum(jnp.square(logits)) + 0.1 * channel, mutated
@@ -45,6 +46,10 @@ def train(model=None, steps=8, labels=LABELS, wrong="", bias=0.0):
         (_, update), mutated = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(
             variables["params"], variables["backward_memory"]
         )
+        return update, mutated
+
+    for _ in range(steps):
+        update, mutated = gradients_of(variables)
         if wrong == "memory through Adam":
             update, opt_state = adam.update(update, opt_state)
         if wrong != "parameters only":
@@ -89,5 +94,5 @@ def test_a_memory_that_is_not_finite_is_named():
 
 
 def test_variables_without_a_mechanism_are_refused():
-    with pytest.raises(ValueError, match="diagnose: there is no mechanism's variable"):
+    with pytest.raises(ValueError, match="diagnose: no variable of a mechanism"):
         diagnose({"params": {}}, {"params": {"kernel": X}})
