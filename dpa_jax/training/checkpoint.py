@@ -1,5 +1,6 @@
 """Checkpoints of a run: asynchronous and atomic by Orbax, compared with a digest before they are used."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -8,7 +9,10 @@ import os
 import pathlib
 import re
 import shutil
+import sys
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -71,7 +75,7 @@ class Checkpoints:
         for step in self._steps():  # the manager reads all metrics as it opens, and fails on damaged ones
             if jax.process_index() == 0 and (reason := _damage(self._folder(step), only=_METRICS)):
                 self._set_aside(self._folder(step), reason)
-        logging.getLogger("absl").addFilter(_is_news)
+        _silence_orbax()
         policies = ocp.checkpoint_managers
         keep_best = policies.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
@@ -101,12 +105,13 @@ class Checkpoints:
             self._manager.delete(step)
             self._clear_discarded()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_to_dict(state))}),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-            force=True,
-        )
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_to_dict(state))}),
+                metrics={name: float(value) for name, value in (metrics or {}).items()},
+                force=True,
+            )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
         """The step and the state of the newest readable checkpoint, or of `step`; None when nothing was ever saved.
@@ -161,14 +166,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the save under way is on the disk; raises what made it fail."""
-        if self._manager is None:
-            return
+        if self._manager is not None:
+            with self._telling():
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What Orbax and TensorStore raise for a file system, each with classes of its own, as one line."""
         try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # of the file system by way of Orbax and TensorStore, each with its own classes
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            yield
+        except Exception as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(number[1])) if number else f"{error}".strip().partition("\n")[0]
             raise OSError(
-                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {lines[0]}. Those "
+                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {reason}. Those "
                 "before it are kept; make room, or see what is wrong there, and start again."
             ) from error
 
@@ -246,9 +257,29 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
+def _silence_orbax() -> None:
+    """Takes away the tracebacks of a save that fails, for `wait` raises what has made it fail."""
+    for name in ("absl", "asyncio"):  # adding a filter again does nothing
+        logging.getLogger(name).addFilter(_is_news)
+    if sys.unraisablehook is not _hook:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _hook
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what Orbax logs of an error, with its traceback, before it raises it."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    if not record.exc_info or record.exc_info[2] is None:
+        return True
+    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return not any("orbax" in file for file in (record.pathname, *files))
+
+
+def _hook(unraisable: Any) -> None:
+    # TensorStore's threads end up here with what they still have to say to an event loop that the failure has closed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hooks[-1](unraisable)
+
+
+_hooks: list[Callable[[Any], Any]] = []  # those that were there before ours
 
 
 def _fingerprint(path: pathlib.Path) -> list[int | str]:

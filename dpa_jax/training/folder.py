@@ -81,8 +81,7 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InUseError(
-                    f"{folder} is in use: {_holder(path)} writes to it. Wait until it ends, stop it, or choose another "
-                    "workdir."
+                    f"{folder} is in use: {_holder(path)}. Wait until it ends, stop it, or choose another workdir."
                 ) from None
             except OSError as error:  # a file system without locks
                 warnings.warn(
@@ -95,19 +94,20 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
                 continue
             stack.callback(_remove, path)
             who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(who).encode(), 0)
+            with writing(path):
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(who).encode(), 0)
             yield
             return
 
 
 def _holder(path: pathlib.Path) -> str:
     for _ in range(20):  # it may just have begun, and have written nothing yet
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             who: Any = json.loads(path.read_text())
-            return f"process {who['pid']} on {who['host']}, which began {who['since']},"
+            return f"process {who['pid']} on {who['host']} writes to it since {who['since']}"
         time.sleep(0.05)
-    return "another process"
+    return "another process writes to it"
 
 
 def _same(file: int, path: pathlib.Path) -> bool:
@@ -120,6 +120,18 @@ def _same(file: int, path: pathlib.Path) -> bool:
 def _remove(path: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Where the block can't write a file, as on a full disk, the OSError names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error.strerror or error}. What was saved before is kept; make room, or see "
+            "what is wrong there, and start again."
+        ) from error
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
-from dpa_jax.training.folder import check_kinds, locked
+from dpa_jax.training.folder import check_kinds, locked, writing
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
 from dpa_jax.training.record import Recorder
@@ -91,7 +91,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(run.abstract_state) or (0, run.init())
         recorders = [stack.enter_context(contextlib.closing(Recorder(folder, start))) for folder in folders]
-        stack.push(lambda kind, *_: _draw(recorders, start) if kind is not KeyboardInterrupt else None)
+        stack.push(lambda kind, *_: _draw(recorders, start, kind))
         if start < total_steps:
             for member, folder in zip(run.configs, folders, strict=True):
                 write_config(member, folder, _examples(run))
@@ -227,14 +227,18 @@ def _means(members: Sequence[Mapping[str, Any]]) -> Figures:
     return {name: statistics.fmean(member[name] for member in members) for name in members[0]}
 
 
-def _draw(recorders: Sequence[Recorder], start: int) -> None:
+def _draw(recorders: Sequence[Recorder], start: int, ended_by: type[BaseException] | None) -> None:
     """Draws the curves of what was recorded since a step, or those that were never drawn."""
+    if ended_by is KeyboardInterrupt:
+        return
     for recorder in recorders:
         path = recorder.workdir / "curves.png"
         drawable = [record for record in recorder.history if "epoch" in record]
         new = drawable and (drawable[-1]["step"] > start or not path.exists())
         if new and jax.process_index() == 0:
-            plot_curves(drawable, path)
+            # A disk that is full is told of by what first could not be written.
+            with contextlib.suppress(OSError) if ended_by else writing(path):
+                plot_curves(drawable, path)
 
 
 def _line(record: Mapping[str, float], epochs: int) -> str:

@@ -1,15 +1,19 @@
 """The record of a run: metrics.jsonl and TensorBoard files."""
 
+import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
 
 import jax
+
+from dpa_jax.training.folder import writing
 
 
 class Recorder:
@@ -47,7 +51,7 @@ class Recorder:
                 self.history.append(line.record)
         if others:
             discarded = self._path.with_name("metrics.discarded.jsonl")
-            with discarded.open("ab") as file:
+            with writing(discarded), discarded.open("ab") as file:
                 file.writelines(text + b"\n" for text in others)
                 _sync(file)
             if later:
@@ -60,12 +64,17 @@ class Recorder:
 
     @functools.cached_property
     def _tensorboard(self) -> Any:
-        # Made with the first record: a start with nothing left to do leaves no empty file.
-        from tensorboardX import SummaryWriter
+        # Made with the first record: a start with nothing left to do leaves no empty file. Not a SummaryWriter, whose
+        # thread ends where the disk is full, and whose queue then waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        folder = self.workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
         # The suffix keeps apart two runs that begin in the same second, whose files would else have one name.
-        suffix = f".{self._step}.{os.getpid()}"
-        return SummaryWriter(str(self.workdir / "tensorboard"), purge_step=self._step + 1, filename_suffix=suffix)
+        writer = EventsWriter(str(folder / "events"), f".{self._step}.{os.getpid()}")
+        writer.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        return writer
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line, and returns when it is on the disk.
@@ -78,18 +87,27 @@ class Recorder:
         self.history.append(values)
         if not self._writes:
             return
-        with self._path.open("a") as file:
+        with writing(self._path), self._path.open("a") as file:
             file.write(json.dumps(values, allow_nan=False) + "\n")
             _sync(file)
+        with writing(self.workdir / "tensorboard"):
+            self._write_scalars(values)
+
+    def _write_scalars(self, values: Mapping[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(name, value, values["step"])
+                event = Event(wall_time=time.time(), step=values["step"], summary=scalar(name, value))
+                self._tensorboard.write_event(event)
         self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
         if "_tensorboard" in vars(self):
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # `write` has told of it
+                self._tensorboard.close()
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -160,7 +178,8 @@ def _sync(file: IO[Any]) -> None:
 def replace_file(path: pathlib.Path, text: bytes) -> None:
     """Writes a file so that a kill leaves either the old one or the new one, whole."""
     new = path.with_name(path.name + ".new")
-    with new.open("wb") as file:
-        file.write(text)
-        _sync(file)
-    new.replace(path)
+    with writing(path):
+        with new.open("wb") as file:
+            file.write(text)
+            _sync(file)
+        new.replace(path)
