@@ -72,9 +72,8 @@ class Checkpoints:
             return
         self._set_strangers_aside()
         self._clear_discarded()
-        for step in self._steps():  # the manager reads all metrics as it opens, and fails on damaged ones
-            if jax.process_index() == 0 and (reason := _damage(self._folder(step), only=_METRICS)):
-                self._set_aside(self._folder(step), reason)
+        if jax.process_index() == 0:
+            self._set_those_without_metrics_aside()  # the manager reads all as it opens, and fails on damaged ones
         _silence_orbax()
         policies = ocp.checkpoint_managers
         keep_best = policies.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
@@ -160,6 +159,8 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step on the disk with the highest `best` metric (the newest of equals), or None without any."""
+        if self._read_only:  # those that can be written to were looked at when they were opened
+            self._set_those_without_metrics_aside()
         quality = {step: self._quality(self._metrics(step)) for step in self._steps()}
         known = [step for step in quality if quality[step] > -math.inf]
         return max(known, key=lambda step: (quality[step], step), default=None)
@@ -241,6 +242,11 @@ class Checkpoints:
             if not _is_checkpoint(path := self.directory / name):
                 what = "a link" if path.is_symlink() else "a file" if path.is_file() else "named as no step is"
                 self._set_aside(path, f"it is {what}")
+
+    def _set_those_without_metrics_aside(self) -> None:
+        for step in self._steps():
+            if reason := _damage(self._folder(step), only=_METRICS):
+                self._set_aside(self._folder(step), reason)
 
     def _set_aside(self, folder: pathlib.Path, reason: str) -> None:
         if self._read_only:

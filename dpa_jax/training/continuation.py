@@ -20,6 +20,7 @@ from dpa_jax.training.folder import set_aside
 from dpa_jax.training.record import replace_file
 
 _CONFIG, _POSITION = "config.json", "position.json"
+_NEEDED = {_CONFIG: ("batch_size", "seed"), _POSITION: ("batch_size", "seed", "training examples")}
 
 
 class _DamagedError(ValueError):
@@ -113,8 +114,8 @@ def _parse(path: pathlib.Path) -> dict[str, Any]:
         raise _DamagedError("not an object") from None
     except (ValueError, RecursionError) as error:
         raise _DamagedError(error) from None
-    if not values:
-        raise _DamagedError("empty")
+    if lacking := [key for key in _NEEDED[path.name] if key not in values]:
+        raise _DamagedError(f"without {lacking[0]}")
     return values
 
 
