@@ -26,6 +26,7 @@ from dpa_jax.data.splits import ArraySplit
 
 _FORMAT = "array_record"
 _IN_MEMORY = 2 * 2**30  # bytes of all images of a set that are decoded at the start
+_MOST_CLASSES = 10**6  # more would be a mistake that takes all memory
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS' own for file names
 _AGAIN = "Delete its folder and prepare the set again"
 
@@ -256,6 +257,8 @@ def _read_metadata(folder: pathlib.Path) -> _Metadata:
 def _class_names(folder: pathlib.Path, classes: int) -> tuple[str, ...]:
     """The names of so many classes; numbers where there is no file of them."""
     file = folder / "label.labels.txt"
+    if classes > _MOST_CLASSES:
+        raise ValueError(f"{folder}/features.json is damaged: there are {classes} classes, more than {_MOST_CLASSES}")
     if not file.exists():
         return tuple(map(str, range(classes)))
     names = [name.strip() for name in reading.read_text(file).split("\n")]
@@ -278,7 +281,7 @@ def _splits(folder: pathlib.Path) -> dict[str, list[_Shard]]:
             raise ValueError(f"{file} is damaged: a split is {split!r}")
         name = reading.member(split, "name", str, file)
         if name in found:
-            raise ValueError(f"{file} has two splits {name!r}")
+            raise ValueError(f"{file} is damaged: it has two splits {name!r}")
         template = reading.member(split, "filepathTemplate", str, file, "") or _TEMPLATE
         lengths = reading.member(split, "shardLengths", list, file, [])
         found[name] = []
@@ -291,6 +294,9 @@ def _splits(folder: pathlib.Path) -> dict[str, list[_Shard]]:
                 raise ValueError(f"{file} is damaged: it names {shard!r}, which is no file of this folder")
             take = reading.integer(length, file, least=0)
             found[name].append(_Shard(str(folder / shard), 0, take, take))
+    paths = [shard.filename for shards in found.values() for shard in shards]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{file} is damaged: it names a file twice among {str(paths)[:500]}")
     return found
 
 

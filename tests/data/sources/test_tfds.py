@@ -235,6 +235,7 @@ def set_at(path, value):
 
 
 FEATURES = ("featuresDict", "features")
+TEST_FILE = "small-test.array_record-00000-of-00001"
 
 
 @pytest.mark.parametrize("path", [("pythonClassName",), (*FEATURES, "note", "pythonClassName")], ids=["set", "other"])
@@ -272,6 +273,12 @@ def test_the_classes_that_the_metadata_names_are_not_imported(tmp_path, monkeypa
         ("dataset_info.json", set_at(("splits", 0, "shardLengths"), ["6"]), "it has 5 records that can be read, not 6"),
         ("dataset_info.json", set_at(("splits", 0, "shardLengths"), ["5", "5"]), "00000-of-00002 is missing"),
         ("dataset_info.json", set_at(("splits", 0, "shardLengths"), []), "needs splits train"),
+        ("dataset_info.json", set_at(("splits", 0, "filepathTemplate"), TEST_FILE), "it names a file twice"),
+        (
+            "features.json",
+            set_at((*FEATURES, "label", "classLabel", "numClasses"), 10**9),
+            "1000000000 classes, more than",
+        ),
         ("dataset_info.json", set_at(("splits", 1, "name"), "train"), "has two splits 'train'"),
         ("dataset_info.json", set_at(("splits", 0), None), "a split is None"),
         (
