@@ -29,7 +29,9 @@ def _define_flags(options: flags.FlagValues) -> None:
         "What is compared: NAME[+arr][:OPTION=VALUE]... between commas.",
         flag_values=options,
     )
-    flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer(
+        "seeds", 5, "How many seeds each is trained with.", lower_bound=1, upper_bound=1000, flag_values=options
+    )
     flags.DEFINE_integer(
         "vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0, flag_values=options
     )
@@ -39,6 +41,7 @@ def _define_flags(options: flags.FlagValues) -> None:
         "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it.",
         flag_values=options,
     )
+    command_line.require_text("workdir", options)
 
 
 def _compare(options: flags.FlagValues, command: str) -> None:
