@@ -83,7 +83,8 @@ def check_type(owner: str, argument: str, value: Any, default: Any) -> None:
     """Raises ValueError unless ``value`` is of the type of ``default``; an int will do for a float."""
     if isinstance(default, float):
         fits, wanted = is_number(value), "a finite float"
-        hint = f", which float32 lacks: it has 0 and {_TINY:.1e} to {_HUGE:.1e}" if type(value) in (int, float) else ""
+        finite = type(value) in (int, float) and abs(value) < float("inf")
+        hint = f"; float32 has 0 and {_TINY:.1e} to {_HUGE:.1e}" if finite else ""
     else:
         fits, wanted, hint = type(value) is type(default), f"of type {type(default).__name__}", ""
     if not fits:

@@ -102,6 +102,9 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
             unlocked = {"lock_config": False, "accept_new_attributes": True}
             config_flags.DEFINE_config_dict("config", config, about, options, sys_argv=argv, **unlocked)
         arguments = options(argv)
+    except (RecursionError, MemoryError) as error:
+        some = ", ".join(argument[:60] for argument in argv[1:])
+        raise ValueError(f"one of these arguments is too long, or nested too deeply: {some}") from error
     except Exception as error:  # absl and ml_collections take any text, and raise whatever they come upon
         kind = "" if isinstance(error, flags.Error) else "config: "
         raise ValueError(kind + _gist(error)) from error
@@ -110,9 +113,14 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
     return options
 
 
-def require_text(name: str, options: flags.FlagValues) -> None:
-    """Makes it a mistake to give the flag of this name an empty value, as an unset variable of a shell does."""
-    flags.register_validator(name, lambda value: value != "", "it must not be empty", flag_values=options)
+def define_workdir(text: str, options: flags.FlagValues) -> None:
+    """Defines ``--workdir``, which must not be empty, as a shell's unset variable makes it, or what is no text."""
+    flags.DEFINE_string("workdir", None, text, flag_values=options)
+
+    def is_text(value: str | None) -> bool:
+        return value is None or (value != "" and value.encode(errors="ignore").decode() == value)
+
+    flags.register_validator("workdir", is_text, "it must be the name of a folder, in UTF-8", flag_values=options)
 
 
 def find_config(name: str) -> pathlib.Path:
@@ -147,7 +155,7 @@ def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path
     name = ",".join([prefix + options.config_path.stem, *changes])
     safe = re.sub(r"[^\w.,=+-]+", "_", name)
     if safe != name or len(safe) > 120:
-        safe = f"{safe[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        safe = f"{safe[:100]},{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:8]}"
     return pathlib.Path("runs") / safe
 
 

@@ -62,10 +62,9 @@ def _numbers(values: tuple, count: int) -> bool:
 
 
 _positive = _must("more than 0", lambda value: value > 0)
-_factor = _must("more than 0, at most 1", lambda value: 0 < value <= 1)
 _decay = _must("in [0, 1)", lambda value: 0 <= value < 1)  # at 1 the correction of the bias divides by 0
 _rising = _must(
-    "whole numbers of epochs, rising, from 1",
+    f"whole numbers of epochs, rising, from 1 to {INT32}",
     lambda epochs: all(type(e) is int and 1 <= e <= INT32 for e in epochs) and list(epochs) == sorted(set(epochs)),
 )
 _means = _must("numbers in [0, 1], one a channel", lambda m: _numbers(m, len(m)) and all(0 <= x <= 1 for x in m))
@@ -141,7 +140,7 @@ def _keys() -> dict[str, Any]:
             "step_epochs": Key(30, _count(1)),
             # multistep: the same after each of these numbers of epochs; those that never come do nothing.
             "milestones": Key((150, 225), _rising),
-            "gamma": Key(0.1, _factor),
+            "gamma": Key(0.1, _positive),
         },
         "data": {
             # A source that `dpa_jax.data.sources` knows, or tfds:NAME for a set that TFDS has prepared.
@@ -256,7 +255,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def _validate_group(prefix: str, given: Any, keys: dict[str, Any]) -> None:
-    _check_group(prefix.rstrip(".") or "it", given)
+    _check_group(prefix.rstrip("."), given)
     for name in given:
         if name not in keys:
             raise ValueError(f"config: there is no key {prefix}{name}. {_nearest_key(prefix, name)}")
@@ -276,11 +275,20 @@ def _validate_group(prefix: str, given: Any, keys: dict[str, Any]) -> None:
 
 
 def _check_group(path: str, value: Any) -> None:
+    whole = path or "a configuration"
     if not isinstance(value, Mapping | ConfigDict):
-        raise ValueError(f"config: {path} must be a group of keys; got {value!r} of type {type(value).__name__}")
-    for name in value:
-        if not isinstance(name, str):
-            raise ValueError(f"config: the keys of {path} must be text; got {name!r}")
+        raise ValueError(f"config: {whole} must be a group of keys; got {value!r} of type {type(value).__name__}")
+    try:
+        texts = all(isinstance(name, str) for name in value)
+    except TypeError:  # a ConfigDict sorts its keys, which takes keys of one type
+        texts = False
+    if not texts:
+        raise ValueError(f"config: the keys of {whole} must be text")
+    if path.count(".") > 9:
+        raise ValueError(f"config: {path} is a group in a group, too deep")
+    for name, inner in value.items():
+        if isinstance(inner, Mapping | ConfigDict):
+            _check_group(f"{path}.{name}".lstrip("."), inner)
 
 
 def split_keys(text: str) -> list[str]:

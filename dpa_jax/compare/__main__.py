@@ -35,13 +35,8 @@ def _define_flags(options: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0, flag_values=options
     )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it.",
-        flag_values=options,
-    )
-    command_line.require_text("workdir", options)
+    workdir = "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it."
+    command_line.define_workdir(workdir, options)
 
 
 def _compare(options: flags.FlagValues, command: str) -> None:

@@ -41,6 +41,7 @@ def parse_entries(text: str, config: ConfigDict) -> list[Entry]:
         ValueError: for an entry of another form or one that comes twice; for a mechanism or an option that does not
             exist, with the nearest names; for `mechanism_options` in ``config``, which every entry has its own of.
     """
+    validate(config)
     if config.mechanism_options:
         raise ValueError(
             f"config.mechanism_options must be empty in a comparison; got {config.mechanism_options.to_dict()}. "

@@ -52,9 +52,7 @@ def compare(
     if num_seeds < 1 or vmap < 0:
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
     if config.seed + num_seeds - 1 > MAX_SEED:
-        raise ValueError(
-            f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last there is, {MAX_SEED}"
-        )
+        raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
     workdir = pathlib.Path(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}

@@ -79,7 +79,7 @@ class ViT(layers.ImageModel):
         if self.embed_dim % self.num_heads:
             raise ValueError(f"ViT: num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
         # The MLPs' hidden layer has at least one unit.
-        check_range("ViT", "mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, MAX_SIZE / self.embed_dim)
+        check_range("ViT", "mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, 16 * MAX_SIZE / self.embed_dim)
         check_rate("ViT", "dropout", self.dropout)
         check_rate("ViT", "stochastic_depth", self.stochastic_depth)
         super().__post_init__()

@@ -60,7 +60,8 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
                 f"{config.step_epochs}"
             )
         falls = np.asarray(milestones, np.int32)
-        rates = np.multiply.accumulate(np.array([learning_rate, *[config.gamma] * len(falls)], np.float32))
+        with np.errstate(over="ignore"):  # a rate of infinity is told by the loss
+            rates = np.multiply.accumulate(np.array([learning_rate, *[config.gamma] * len(falls)], np.float32))
         # Only in these epochs does the rate change; in the one after the warm-up, too.
         changes = np.union1d(np.arange(1, warmup_time + 2), falls.astype(np.int64) + warmup_time)
         changes = changes[changes < epochs]

@@ -93,12 +93,12 @@ class Run:
             "eval_batch_size": jax.eval_shape(transforms.evaluate, self.eval_feed.abstract_batch),
         }
         for size, given in inputs.items():
-            self._check_memory(f"a batch of {size} {config[size]}", given, here / len(devices))
             if (found := _shapes_of_one(given)) != wanted:
                 raise ValueError(
                     f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come "
                     f"as {found}. Set config.augment.image_size or the model's sizes in config.model_options."
                 )
+            self._check_memory(f"a batch of {size} {config[size]}", given, here / len(devices))
 
         # ---------------- Optimiser ----------------
         rate, steps_per_epoch = config.optimizer.learning_rate, feed.sampler.num_examples / config.batch_size

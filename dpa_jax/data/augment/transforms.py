@@ -43,9 +43,7 @@ def _check_sizes(config: ConfigDict, shape: tuple[int, ...]) -> None:
         name = "rand_augment" if config.rand_augment else "color_jitter"
         raise ValueError(f"config: augment.{name} needs images of 1 or 3 channels; these have {shape[2]}")
     if shape[2] != 3 and any(config.color_jitter[3:]):
-        raise ValueError(
-            f"config: augment.color_jitter changes the hue of colour images; these have {shape[2]} channel"
-        )
+        raise ValueError("config: augment.color_jitter changes the hue of colour images only, of 3 channels")
 
 
 def train_transform(
