@@ -62,6 +62,7 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
         falls = np.asarray(milestones, np.int32)
         with np.errstate(over="ignore"):  # a rate of infinity is told by the loss
             rates = np.multiply.accumulate(np.array([learning_rate, *[config.gamma] * len(falls)], np.float32))
+        rates[rates < np.finfo(np.float32).tiny] = 0  # as devices have it
         # Only in these epochs does the rate change; in the one after the warm-up, too.
         changes = np.union1d(np.arange(1, warmup_time + 2), falls.astype(np.int64) + warmup_time)
         changes = changes[changes < epochs]
