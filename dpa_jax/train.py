@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _define_flags(options: flags.FlagValues) -> None:
     workdir = "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it."
-    flags.DEFINE_string("workdir", None, workdir, flag_values=options)
+    command_line.define_workdir(workdir, options)
     evaluate = "Evaluate the run's best and newest checkpoints, train nothing."
     flags.DEFINE_bool("eval", False, evaluate, flag_values=options)
     flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
