@@ -126,6 +126,13 @@ def check_labels(owner: str, x: jax.Array, labels: jax.Array, rows_per_sample: i
         raise ValueError(f"{owner}: labels must be integers, the class of each sample; got {labels.dtype}")
 
 
+def check_input(owner: str, x: jax.Array) -> None:
+    """Raises ValueError unless ``x`` is floating and has an axis of channels."""
+    check_floating(owner, x)
+    if x.ndim == 0:
+        raise ValueError(f"{owner}: the input must have an axis of channels, [..., C]; got the shape ()")
+
+
 def check_floating(owner: str, x: jax.Array) -> None:
     """Raises ValueError unless ``x`` is floating: parameters cast to integers would silently be lost."""
     if not jnp.issubdtype(x.dtype, jnp.floating):

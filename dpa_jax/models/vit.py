@@ -94,10 +94,10 @@ class ViT(layers.ImageModel):
         embed = functools.partial(layers.uniform_conv, padding="VALID", dtype=self.dtype, name="patch_embed")
         x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images.astype(self.dtype))
         x = x.reshape(x.shape[0], -1, self.embed_dim)
-        class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim))
+        class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:])).astype(self.dtype)
+        x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:]), jnp.float32).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         arr = functools.partial(ARR, self.num_classes) if self.arr else None
         settings = self.num_heads, int(self.embed_dim * self.mlp_ratio), self.activation, arr, self.dropout, self.dtype

@@ -123,7 +123,9 @@ class Run:
 
         def one_step(state: TrainState, batch: Batch):
             new, metrics = train_step(state.replace(metrics={}), batch)
-            averages = {name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()}
+            averages = {
+                name: mean + Ratio(metrics[name], jnp.ones((), jnp.float32)) for name, mean in state.metrics.items()
+            }
             return new.replace(metrics=averages), metrics
 
         # ---------------- All members' functions ----------------
