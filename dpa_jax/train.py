@@ -30,6 +30,8 @@ def _define_host_flags(options: flags.FlagValues) -> None:
     flags.DEFINE_string("coordinator", None, coordinator, flag_values=options)
     flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
     flags.DEFINE_integer("process", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
+    wait = "How long the processes wait for each other at the start."
+    flags.DEFINE_integer("join_seconds", 60, wait, lower_bound=1, flag_values=options)
 
 
 def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
@@ -44,7 +46,7 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     from dpa_jax.training.hosts import Hosts
 
-    return Hosts(options.coordinator, options.processes, options.process)
+    return Hosts(options.coordinator, options.processes, options.process, options.join_seconds)
 
 
 def _train(options: flags.FlagValues) -> None:

@@ -32,13 +32,13 @@ import dpa_jax
 from dpa_jax.config import changes_figures
 from dpa_jax.data.batch import Spec
 
-JOIN_SECONDS = 120  # within which all processes must have started
-HEARTBEAT_SECONDS = 40  # without a heartbeat of JAX's own thread, after which a process counts as lost
+HEARTBEAT_SECONDS = 50  # without a heartbeat of JAX's own thread, sent every half of it: the process is lost
 ANSWER_SECONDS = 10  # within which a living process says that it was told of a failure
 FOLDER_SECONDS = 10  # within which a file that process 0 has written must be seen by the others
 _DAY = 24 * 3600
 
-_FAILED, _TOLD = "dpa_jax/failed", "dpa_jax/told"
+_FAILED, _TOLD, _LEFT = "dpa_jax/failed", "dpa_jax/told", "dpa_jax/left"
+_DIFFER = "the processes of the run differ: "
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ROUNDS = itertools.count()  # of `agree`: a key is set once
 # Keys of a configuration that change no figure, and in which processes must be alike nevertheless: all save together.
@@ -61,10 +61,19 @@ class Runtime(NamedTuple):
         """Waits for a key; RuntimeError if it does not come, or process 0 is lost. Other threads run meanwhile."""
         return self.client.blocking_key_value_get(key, int(1000 * seconds))
 
-    @property
-    def others(self) -> list[int]:
-        """The numbers of the other processes."""
-        return [index for index in range(self.count) if index != self.index]
+    def silent(self, key: str, lost: Sequence[int] = ()) -> list[int]:
+        """Waits until the other processes have set ``key/NUMBER``; the numbers of those that have not in time.
+
+        Those that are lost already are not waited for.
+        """
+        missing, deadline = list(lost), time.monotonic() + ANSWER_SECONDS
+        for other in range(self.count):
+            try:
+                if other != self.index and other not in missing:
+                    self.get(f"{key}/{other}", max(deadline - time.monotonic(), 0.01))
+            except RuntimeError:
+                missing.append(other)
+        return missing
 
 
 def runtime() -> Runtime:
@@ -88,11 +97,19 @@ class Hosts:
         coordinator: ``HOST:PORT`` of process 0.
         processes: how many there are.
         process: the number of this one. What is None is asked of the cluster that started this process.
+        join_seconds: how long the processes wait for each other at the start.
     """
 
-    def __init__(self, coordinator: str | None = None, processes: int | None = None, process: int | None = None):
+    def __init__(
+        self,
+        coordinator: str | None = None,
+        processes: int | None = None,
+        process: int | None = None,
+        join_seconds: int = 60,
+    ) -> None:
         """Joins nothing yet."""
         self._coordinator, self._processes, self._process = coordinator, processes, process
+        self._join_seconds = join_seconds
         self._ending = threading.Lock()  # taken once, by the thread that says the last line
         self._joined = False
 
@@ -101,14 +118,14 @@ class Hosts:
         if self._coordinator and not re.fullmatch(r".+:\d{1,5}", self._coordinator):
             sys.exit(f"error: --coordinator must be HOST:PORT; got {self._coordinator!r}")
         # JAX ends a program by LOG(FATAL), from any thread, and takes no callback (it can't hand its status to Python).
-        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._end(self._why_aborted()))
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._end(self._why_aborted(), alone=True))
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
         try:
             jax.distributed.initialize(
                 self._coordinator,
                 self._processes,
                 self._process,
-                initialization_timeout=JOIN_SECONDS,
+                initialization_timeout=self._join_seconds,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except Exception as error:  # RuntimeError, ValueError and others, after the cluster and what is wrong
@@ -119,12 +136,11 @@ class Hosts:
         try:  # before JAX looks for the devices, for which processes with other ones would wait in vain
             agree({"JAX_PLATFORMS": jax.config.jax_platforms})
         except ValueError as error:
-            self._tell(str(error))
-            self._end(str(error))
+            self._end(str(error), self._tell(str(error)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Leaves together with the others; where the command has failed it does not return."""
+        """Leaves together with the others; where the command has failed it ends the program."""
         if error is None or (isinstance(error, SystemExit) and not isinstance(error.code, str)):
             try:
                 jax.distributed.shutdown()
@@ -134,27 +150,20 @@ class Hosts:
             ctypes.CDLL(None).signal(signal.SIGABRT, None)
             return
         said = str(error.code).removeprefix("error: ") if isinstance(error, SystemExit) else _first_line(error)
-        missing = self._tell(said)
-        if missing and isinstance(error, jax.errors.JaxRuntimeError):
-            self._end(f"{_processes(missing)} lost: {said}. {_SAFE}")
-        if not isinstance(error, SystemExit):
+        lost = self._tell(said)
+        if lost:
+            said = f"{_processes(lost)} lost ({said}). {_SAFE}"
+        elif not isinstance(error, SystemExit | KeyboardInterrupt):
             traceback.print_exception(error)
-        self._end(said)
+        self._end(said, lost)
 
     def _tell(self, said: str) -> list[int]:
-        """Tells the others that this process has failed; returns those that do not answer."""
-        here, missing = self._runtime, []
+        """Tells the others that this process has failed; the numbers of those that do not answer."""
         with contextlib.suppress(RuntimeError):  # another one was first
-            here.set(_FAILED, json.dumps([here.index, said]))
+            self._runtime.set(_FAILED, json.dumps([self._runtime.index, said]))
         with contextlib.suppress(RuntimeError):
-            here.set(f"{_TOLD}/{here.index}", "")
-        deadline = time.monotonic() + ANSWER_SECONDS
-        for other in here.others:
-            try:
-                here.get(f"{_TOLD}/{other}", max(deadline - time.monotonic(), 0.01))
-            except RuntimeError:
-                missing.append(other)
-        return missing
+            self._runtime.set(f"{_TOLD}/{self._runtime.index}", "")
+        return self._runtime.silent(_TOLD)
 
     def _listen(self) -> None:
         """In a thread: waits until another process tells of its failure."""
@@ -163,20 +172,26 @@ class Hosts:
             index, said = json.loads(here.get(_FAILED))
         except RuntimeError as error:
             if "CANCELLED" not in str(error):  # which is the end of the run
-                self._end(self._why_aborted())
+                self._end(self._why_aborted(), alone=True)
             return
         if index != here.index:
             with contextlib.suppress(RuntimeError):
                 here.set(f"{_TOLD}/{here.index}", "")
-            self._end(f"process {index}: {said}")
+            self._end(said if said.startswith(_DIFFER) else f"process {index}: {said}")
 
-    def _end(self, said: str) -> NoReturn:
+    def _end(self, said: str, lost: Sequence[int] = (), alone: bool = False) -> NoReturn:
         """Says the last line and ends the process at once: a clean end would wait for the others."""
         # Only where the thread that was first does not come to its end, the second one goes on.
-        self._ending.acquire(timeout=ANSWER_SECONDS)
+        self._ending.acquire(timeout=2 * ANSWER_SECONDS)
         with contextlib.suppress(Exception):
             sys.stdout.flush()
         os.write(2, f"error: {said}\n".encode(errors="replace"))
+        if self._joined and not alone:
+            with contextlib.suppress(RuntimeError):
+                if self._runtime.index == 0:  # it goes last: without it JAX aborts the others
+                    self._runtime.silent(_LEFT, lost)
+                else:
+                    self._runtime.set(f"{_LEFT}/{self._runtime.index}", "")
         os._exit(1)
 
     def _why_aborted(self) -> str:
@@ -184,7 +199,7 @@ class Hosts:
             return f"another process of the run is lost; the lines above say more. {_SAFE}"
         state = distributed.global_state
         return (
-            f"process {state.process_id} could not join: within {JOIN_SECONDS} s the coordinator, process 0 at "
+            f"process {state.process_id} could not join: within {self._join_seconds} s the coordinator, process 0 at "
             f"{state.coordinator_address}, was not reached, or not all processes had started. Start the same command "
             "on every host, and see that its address is right and open to all"
         )
@@ -296,8 +311,8 @@ def _seen(workdir: pathlib.Path, word: str) -> str:
 
 def _difference(first: Mapping[str, Any], others: Mapping[int, Mapping[str, Any]]) -> str:
     """One line on what the other processes have otherwise than process 0; empty if nothing."""
-    said = []
-    for key in dict.fromkeys([*first, *(key for facts in others.values() for key in facts)]):
+    said: list[str] = []
+    for key in first:
         different = [index for index, facts in others.items() if facts.get(key) != first.get(key)]
         if different:
             who, there = different[0], others[different[0]].get(key)
@@ -305,7 +320,9 @@ def _difference(first: Mapping[str, Any], others: Mapping[int, Mapping[str, Any]
                 said.append(f"the work folder is not shared: that of process {who} is {there}")
             else:
                 said.append(f"{key} is {first.get(key)!r} in process 0 and {there!r} in process {who}")
+            if key == "the command":  # it decides what else is compared
+                break
             if len(different) > 1:
                 said[-1] += f" and {len(different) - 1} more"
     more = f"; and {len(said) - 3} more" if len(said) > 3 else ""
-    return f"the processes of the run differ: {'; '.join(said[:3])}{more}" if said else ""
+    return f"{_DIFFER}{'; '.join(said[:3])}{more}" if said else ""
