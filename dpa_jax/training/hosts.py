@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -23,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import jax
 from jax._src import distributed  # the key-value store has no public way in
@@ -46,7 +47,8 @@ _ALIKE = ("checkpoint.keep", "checkpoint.every_steps")
 _KNOWN = "Slurm, Open MPI, Kubernetes (with jax[k8s]) and Cloud TPU"
 
 
-class Runtime(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Runtime:
     """JAX's distributed runtime, as far as it is needed here."""
 
     client: Any
@@ -134,7 +136,7 @@ class Hosts:
         self._listener = threading.Thread(target=self._listen, name="dpa_jax hosts", daemon=True)
         self._listener.start()
         try:  # before JAX looks for the devices, for which processes with other ones would wait in vain
-            agree({"JAX_PLATFORMS": jax.config.jax_platforms})
+            agree({"JAX_PLATFORMS": jax.config.jax_platforms})  # type: ignore[attr-defined]
         except ValueError as error:
             self._end(str(error), self._tell(str(error)))
         return self

@@ -247,7 +247,8 @@ def _all_devices() -> list[jax.Device]:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter, without a word, where jax has no CUDA
         why = str(error).splitlines()[:1] or ["it is not there"]
-        raise ValueError(f"no devices with JAX_PLATFORMS={jax.config.jax_platforms or ''}: {why[0]}") from error
+        platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        raise ValueError(f"no devices with JAX_PLATFORMS={platforms}: {why[0]}") from error
 
 
 def _shapes_of_one(inputs: Any) -> Any:
