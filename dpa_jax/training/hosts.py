@@ -29,7 +29,6 @@ from typing import Any, NoReturn, Self
 import jax
 from jax._src import distributed  # the key-value store has no public way in
 
-import dpa_jax
 from dpa_jax.config import changes_figures
 from dpa_jax.data.batch import Spec
 
@@ -112,8 +111,8 @@ class Hosts:
         """Joins nothing yet."""
         self._coordinator, self._processes, self._process = coordinator, processes, process
         self._join_seconds = join_seconds
-        self._ending = threading.Lock()  # taken once, by the thread that says the last line
-        self._joined = False
+        self._ending = threading.Lock()  # of the thread that says the last line
+        self._said = self._joined = False
 
     def __enter__(self) -> Self:
         """Returns when all processes are here; ends the program with a line where that can't be."""
@@ -182,15 +181,19 @@ class Hosts:
             self._end(said if said.startswith(_DIFFER) else f"process {index}: {said}")
 
     def _end(self, said: str, lost: Sequence[int] = (), alone: bool = False) -> NoReturn:
-        """Says the last line and ends the process at once: a clean end would wait for the others."""
-        # Only where the thread that was first does not come to its end, the second one goes on.
-        self._ending.acquire(timeout=2 * ANSWER_SECONDS)
+        """Says the last line, unless another thread has, and ends the process: a clean end would wait for the others.
+
+        Process 0 goes last, as JAX aborts the others without it; but ``alone`` nothing is asked of JAX any more.
+        """
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        os.write(2, f"error: {said}\n".encode(errors="replace"))
+        with self._ending:
+            if not self._said:
+                os.write(2, f"error: {said}\n".encode(errors="replace"))
+            self._said = True
         if self._joined and not alone:
             with contextlib.suppress(RuntimeError):
-                if self._runtime.index == 0:  # it goes last: without it JAX aborts the others
+                if self._runtime.index == 0:
                     self._runtime.silent(_LEFT, lost)
                 else:
                     self._runtime.set(f"{_LEFT}/{self._runtime.index}", "")
@@ -263,6 +266,8 @@ def agree(facts: Mapping[str, Any], workdir: pathlib.Path | None = None) -> None
         here.set(f"{place}/{here.index}", json.dumps(facts, default=str))
         if here.index == 0:
             found = {index: json.loads(here.get(f"{place}/{index}")) for index in range(here.count)}
+            if token:  # all have looked; with the verdict a process may end
+                token.unlink()
             here.set(f"{place}/verdict", _difference(found.pop(0), found))
         if verdict := here.get(f"{place}/verdict"):
             raise ValueError(verdict)
@@ -287,7 +292,7 @@ def facts_of(config: Mapping[str, Any], spec: Spec, command: str) -> dict[str, A
 
 def _versions() -> dict[str, str]:
     found = {package: importlib.metadata.version(package) for package in _PACKAGES}
-    found |= {"dpa_jax": dpa_jax.__version__, "Python": platform.python_version()}
+    found |= {"dpa_jax": sys.modules["dpa_jax"].__version__, "Python": platform.python_version()}
     return {f"the version of {name}": version for name, version in found.items()}
 
 
