@@ -33,6 +33,7 @@ from dpa_jax.config import changes_figures
 from dpa_jax.data.batch import Spec
 
 HEARTBEAT_SECONDS = 50  # without a heartbeat of JAX's own thread, sent every half of it: the process is lost
+GRACE_SECONDS = 1  # between the last word of the other processes and the end of process 0
 ANSWER_SECONDS = 10  # within which a living process says that it was told of a failure
 FOLDER_SECONDS = 10  # within which a file that process 0 has written must be seen by the others
 _DAY = 24 * 3600
@@ -195,6 +196,7 @@ class Hosts:
             with contextlib.suppress(RuntimeError):
                 if self._runtime.index == 0:
                     self._runtime.silent(_LEFT, lost)
+                    time.sleep(GRACE_SECONDS)
                 else:
                     self._runtime.set(f"{_LEFT}/{self._runtime.index}", "")
         os._exit(1)

@@ -5,15 +5,19 @@ import signal
 import socket
 import time
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from tests.faults.harness import ROOT, TINY, Fault
 
 _KILLS = 12  # of one process of two, at random moments
 
 
-def start(case, *each, env=({}, {})):
-    """Starts two processes of one run, as Slurm would, each with its own arguments and environment."""
+def start(case, *each, env=({}, {}), only=(0, 1)):
+    """Starts two processes of one run, as Slurm would, each with its own arguments and environment; or one alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -26,6 +30,7 @@ def start(case, *each, env=({}, {})):
             env={**cluster, "SLURM_PROCID": str(index), **more},
         )
         for index, (arguments, more) in enumerate(zip(each, env, strict=True))
+        if index in only
     ]
 
 
@@ -131,9 +136,8 @@ def test_a_platform_without_its_device(case, platform):
 
 @pytest.mark.parametrize("alone", [0, 1])
 def test_the_other_process_never_starts(case, alone):
-    programs = start(case, [], [])
-    programs[1 - alone].kill()
-    case.refused(end(programs, 110)[alone], f"process {alone} could not join", "127.0.0.1:")
+    (ended,) = end(start(case, [], [], only=[alone]), 110)
+    case.refused(ended, f"process {alone} could not join", "127.0.0.1:")
 
 
 def test_the_port_of_the_coordinator_is_taken(case):
@@ -158,16 +162,29 @@ def undisturbed(tmp_path_factory):
     case = Case(tmp_path_factory.mktemp("undisturbed"))
     for ended in end(start(case, _OFTEN, _OFTEN), 120):
         case.finished(ended)
-    return case.record(), case.states()
+    return case.record(), last_state(case)
+
+
+def last_state(case):
+    """The step of the last checkpoint and its arrays, {name: bytes}, which two processes have written together."""
+    folder = max((case.workdir / "checkpoints").glob("[0-9]*"), key=lambda folder: int(folder.name))
+    handler, here = ocp.StandardCheckpointHandler(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        dict(handler.metadata(epath.Path(folder / "state")).tree),
+    )
+    arrays = handler.restore(epath.Path(folder / "state"), args=ocp.args.StandardRestore(tree))
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return folder.name, {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
 def goes_on(case, undisturbed):
     for ended in end(start(case, _OFTEN, _OFTEN), 120):
         case.finished(ended)
-    record, states = undisturbed
+    record, state = undisturbed
     if case.record() != record:
         case.lost("the record is another one")
-    if max(case.states()) != max(states) or case.states()[max(states)] != states[max(states)]:
+    if last_state(case) != state:
         case.lost("the last checkpoint is another one")
 
 
