@@ -174,8 +174,9 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
         if jax.process_index() == 0:
             print(note, file=sys.stderr)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
+        steps = [checkpoints.best_step, checkpoints.latest_step]
+        agree({**facts_of(config, run.spec, "evaluation"), "the best and the newest checkpoint": steps})
         best = checkpoints.best_step
-        agree({**facts_of(config, run.spec, "evaluation"), "the checkpoints": [best, checkpoints.latest_step]})
         for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
             restored = checkpoints.restore(run.abstract_state, step)
             if restored is None:
