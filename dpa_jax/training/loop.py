@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged, write_config
+from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
 from dpa_jax.training.record import Recorder
@@ -61,6 +62,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
     `train_and_evaluate` raises.
     """
     config, total_steps = run.config, run.total_steps
+    agree(facts_of(config, run.spec, "training"), workdir)
     place = "" if name else f" in {workdir}"  # a member's folder is not what a comparison is started with
     notes = _check_continued(run, workdir, folders)
     run.load()
@@ -172,6 +174,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
         if jax.process_index() == 0:
             print(note, file=sys.stderr)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
+        steps = [checkpoints.best_step, checkpoints.latest_step]
+        agree({**facts_of(config, run.spec, "evaluation"), "the best and the newest checkpoint": steps})
         best = checkpoints.best_step
         for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
             restored = checkpoints.restore(run.abstract_state, step)

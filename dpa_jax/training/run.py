@@ -67,7 +67,7 @@ class Run:
         self.seeds: tuple[int, ...] = (config.seed,)
 
         # ---------------- Devices ----------------
-        devices = list(devices or jax.devices())
+        devices = list(devices or _all_devices())
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -265,6 +265,15 @@ class Run:
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where jax has no CUDA
+        why = str(error).splitlines()[:1] or ["it is not there"]
+        platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        raise ValueError(f"no devices with JAX_PLATFORMS={platforms}: {why[0]}") from error
 
 
 def _shapes_of_one(inputs: Any) -> Any:
