@@ -17,6 +17,7 @@ from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
 from dpa_jax.training.folder import check_kinds, locked, writing
+from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
 from dpa_jax.training.record import Recorder
@@ -66,6 +67,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
     `train_and_evaluate` raises.
     """
     config, total_steps = run.config, run.total_steps
+    agree(facts_of(config, run.spec, "training"), workdir)
     place = "" if name else f" in {workdir}"  # a member's folder is not what a comparison is started with
     for folder in {workdir, *folders}:
         check_kinds(folder)
@@ -189,6 +191,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
             print(note, file=sys.stderr)
     results: dict[int, Figures] = {}
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
+        steps = [checkpoints.best_step, checkpoints.latest_step]
+        agree({**facts_of(config, run.spec, "evaluation"), "the best and the newest checkpoint": steps})
         while True:  # one that is damaged is passed over from then on
             newest = checkpoints.latest_step
             wanted = list(dict.fromkeys(step for step in (checkpoints.best_step, newest) if step is not None))
