@@ -69,7 +69,7 @@ def compare(
                 check_kinds(folder := folders[entry.name] / f"seed-{seed}")
                 if history := read_history(folder):
                     notes = check_unchanged(entry.configure(config, seed), folder)
-                    if _finished(history, config):  # the others' are told when they go on
+                    if jax.process_index() == 0 and _finished(history, config):  # the others' are told when they go on
                         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
         histories: Histories = {}

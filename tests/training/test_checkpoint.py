@@ -436,9 +436,11 @@ def test_checkpoints_that_are_a_file(tmp_path):
 def test_the_best_whose_metrics_are_damaged_is_warned_of(tmp_path):
     save_all(tmp_path, [1, 2], metrics={1: {"eval_top1": 0.8}, 2: {"eval_top1": 0.4}})
     garble(tmp_path / "1" / "metrics" / "metrics", "flipped")
-    with Checkpoints(tmp_path, keep=1, read_only=True) as checkpoints:
-        with pytest.warns(RuntimeWarning, match="/1 is damaged: metrics/metrics has other contents"):
-            assert checkpoints.best_step == 2
+    with (
+        pytest.warns(RuntimeWarning, match="/1 is damaged: metrics/metrics has other contents"),
+        Checkpoints(tmp_path, keep=1, read_only=True) as checkpoints,
+    ):
+        assert checkpoints.best_step == 2
 
 
 FULL = """
