@@ -62,11 +62,17 @@ def test_a_platform_without_devices_is_one_line(monkeypatch, error):
         run.build(tiny_config())
 
 
-def test_the_line_without_a_cluster_and_with_a_wrong_address(monkeypatch):
+def test_the_line_without_a_cluster_and_with_a_wrong_address():
     why = hosts.Hosts()._why_not_joined(ValueError("coordinator_address should be defined."))
     assert "Slurm" in why and "--coordinator=HOST:PORT --processes=N --process=I" in why
-    with pytest.raises(SystemExit, match=r"HOST:PORT; got 'here'"):
-        hosts.Hosts("here").__enter__()
+    for address in ("here", "here:0", "here:70000"):
+        with pytest.raises(SystemExit, match=f"HOST:PORT; got '{address}'"):
+            hosts.Hosts(address).__enter__()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(SystemExit, match="process 0 can't listen at --coordinator=localhost:.*Address already"):
+            hosts.Hosts(f"localhost:{taken.getsockname()[1]}", 2, 0).__enter__()
 
 
 def test_a_process_that_does_not_answer_is_found(monkeypatch):
