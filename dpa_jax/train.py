@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _define_flags(options: flags.FlagValues) -> None:
     workdir = "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it."
-    flags.DEFINE_string("workdir", None, workdir, flag_values=options)
+    command_line.define_workdir(workdir, options)
     evaluate = "Evaluate the run's best and newest checkpoints, train nothing."
     flags.DEFINE_bool("eval", False, evaluate, flag_values=options)
     _define_host_flags(options)

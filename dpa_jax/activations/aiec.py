@@ -79,7 +79,7 @@ class AIEC(Mechanism):
         ``irrelevant`` [K, C] bool are the channels that both views find irrelevant to a class.
         """
         y, weights = self.plain(x), state["decision_weights"]
-        values = pool(y)
+        values, labels = mem.taking_part(pool(y), labels, self.num_classes)
         logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
         counters = {name: state[name] for name in ("active", "inhibited", "total")}
         step = state["step"]

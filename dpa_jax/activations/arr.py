@@ -73,7 +73,7 @@ class ARR(Mechanism):
         ``recalled`` [B, C] is each sample's row of the memory before this batch; ``counted`` [B] bool, the samples that
         the penalty is over; ``steps``, how each sample moves its class's row, or None where the memory is only read.
         """
-        values = pool(x)
+        values, labels = mem.taking_part(pool(x), labels, self.num_classes)
         seen = {"values": values, "recalled": mem.recall(state["mean"], labels), "labels": labels}
         if not train:
             return x, {}, seen | {"counted": mem.recall(state["count"], labels) > 0, "steps": None}

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.checks import check_floating, check_range
+from dpa_jax.checks import check_input, check_range
 
 
 class Stateless(nn.Module):
@@ -58,8 +58,8 @@ class PReLU(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("PReLU", x)
-        slope = self.param("negative_slope", nn.initializers.constant(self.initial_slope), x.shape[-1:])
+        check_input("PReLU", x)
+        slope = self.param("negative_slope", nn.initializers.constant(self.initial_slope), x.shape[-1:], jnp.float32)
         return jnp.where(x >= 0, x, jnp.broadcast_to(slope.astype(x.dtype), x.shape) * x)
 
 
@@ -73,8 +73,8 @@ class LearnableSwish(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("LearnableSwish", x)
-        beta = self.param("beta", nn.initializers.constant(self.initial_beta), ())
+        check_input("LearnableSwish", x)
+        beta = self.param("beta", nn.initializers.constant(self.initial_beta), (), jnp.float32)
         return x * jax.nn.sigmoid(beta.astype(x.dtype) * x)
 
 
@@ -118,10 +118,10 @@ class GDN(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("GDN", x)
+        check_input("GDN", x)
         channels = x.shape[-1]
-        beta = self._positive("beta_root", lambda: jnp.ones(channels), MINIMUM_BETA)
-        gamma = self._positive("gamma_root", lambda: self.initial_gamma * jnp.eye(channels), 0.0)
+        beta = self._positive("beta_root", lambda: jnp.ones(channels, jnp.float32), MINIMUM_BETA)
+        gamma = self._positive("gamma_root", lambda: self.initial_gamma * jnp.eye(channels, dtype=jnp.float32), 0.0)
         energy = jnp.matmul(jnp.square(x), gamma.T.astype(x.dtype), preferred_element_type=jnp.float32)
         return x * jax.lax.rsqrt(energy + jnp.broadcast_to(beta, energy.shape)).astype(x.dtype)
 

@@ -107,7 +107,8 @@ class DPA(Mechanism):
 
         ``forward`` and ``backward`` [B, C] are each sample's rows of the memories before this batch.
         """
-        y, values = self.plain(x), pool(x)
+        y = self.plain(x)
+        values, labels = mem.taking_part(pool(x), labels, self.num_classes)
         seen = {
             "values": values,
             "forward": mem.recall(state["forward_memory"], labels),

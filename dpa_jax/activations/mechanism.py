@@ -20,7 +20,7 @@ from flax.linen import module as linen_module
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.penalties import RECORDS, Record, Summary
 from dpa_jax.activations.supervision import supervised
-from dpa_jax.checks import check_choice, check_labels, check_range
+from dpa_jax.checks import check_choice, check_input, check_labels, check_range
 
 Pool = Callable[[jax.Array], jax.Array]
 """From an array of the input's shape to one float32 vector per sample, [B, C]."""
@@ -144,7 +144,8 @@ class Mechanism(nn.Module):
             ValueError: for labels, inputs or memories whose shapes do not fit, a collection that is missing, or a pool
                 that both the attribute and the call name.
         """
-        how = self.pool_of(pool, rows_per_sample)
+        how, x = self.pool_of(pool, rows_per_sample), jnp.asarray(x)
+        check_input(type(self).__name__, x)
         if self.is_initializing():
             if hasattr(self, "pool"):
                 how(x)  # a wrong shape shows here, not in the first training step
@@ -206,6 +207,7 @@ class Mechanism(nn.Module):
         if labels is not None:
             labels = jnp.asarray(labels)
             check_labels(owner, x, labels, rows)
+            labels = mem.as_int32(labels)
         for key, variable in self.kept.items():
             shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
             if state[key].shape != shape:
@@ -215,7 +217,7 @@ class Mechanism(nn.Module):
                 )
         y, new, seen = self.observe(x, labels, state, train, pool)
         settings = self.clone(parent=None, name=None)
-        return y, new if train else {}, Record(settings, seen, jnp.zeros(()))
+        return y, new if train else {}, Record(settings, seen, jnp.zeros((), jnp.float32))
 
     def _record(self, record: Record) -> None:
         """Adds the record to those of this call of the model, and drops those of an earlier call."""

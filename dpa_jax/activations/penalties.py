@@ -31,7 +31,7 @@ class Ratio:
     @classmethod
     def zero(cls) -> Ratio:
         """Nothing over nothing."""
-        return cls(jnp.zeros(()), jnp.zeros(()))
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)

@@ -29,16 +29,14 @@ def _define_flags(options: flags.FlagValues) -> None:
         "What is compared: NAME[+arr][:OPTION=VALUE]... between commas.",
         flag_values=options,
     )
-    flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer(
+        "seeds", 5, "How many seeds each is trained with.", lower_bound=1, upper_bound=1000, flag_values=options
+    )
     flags.DEFINE_integer(
         "vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0, flag_values=options
     )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it.",
-        flag_values=options,
-    )
+    workdir = "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it."
+    command_line.define_workdir(workdir, options)
 
 
 def _compare(options: flags.FlagValues, command: str) -> None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dpa_jax.compare.entries import Entry
 from dpa_jax.compare.report import Histories, write_report
+from dpa_jax.config import MAX_SEED
 from dpa_jax.training.continuation import check_unchanged
 from dpa_jax.training.loop import train
 from dpa_jax.training.record import read_history
@@ -50,6 +51,8 @@ def compare(
     """
     if num_seeds < 1 or vmap < 0:
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
+    if config.seed + num_seeds - 1 > MAX_SEED:
+        raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
     workdir = pathlib.Path(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}

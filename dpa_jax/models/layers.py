@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.checks import INT32, check_sizes
 
 # The papers' programs cut this normal at +-2, a hundred standard deviations out.
 normal_init = nn.initializers.normal(0.02)
@@ -31,6 +32,9 @@ class ImageModel(nn.Module):
         in_channels: channels of the images.
         arr: whether an `ARR` follows every block or stage (DNRT).
         dtype: compute dtype; parameters, statistics and logits are float32.
+
+    Raises:
+        ValueError: for a size that is no whole number from 1, and for images of another shape.
     """
 
     num_classes: int
@@ -39,6 +43,12 @@ class ImageModel(nn.Module):
     in_channels: int = 3
     arr: bool = False
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
+        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
+        super().__post_init__()
 
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:

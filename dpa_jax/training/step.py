@@ -122,7 +122,7 @@ def _top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def _weighted(terms: Mapping[str, jax.Array], coefficients: Mapping[str, float]) -> jax.Array:
     """The loss: cross-entropy plus every penalty times its coefficient."""
-    loss = jnp.zeros(())
+    loss = jnp.zeros((), jnp.float32)
     for name, term in terms.items():
         if name == "cross_entropy":
             loss += term
