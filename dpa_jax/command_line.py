@@ -11,6 +11,7 @@ A module with a command defines its flags in a function, so that importing it de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -19,6 +20,7 @@ import re
 import sys
 import traceback
 import types
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +48,12 @@ def run(
 
     Raises:
         SystemExit: with one line, for a mistake in the command line or in the configuration file, for a missing
-            part, and for a ValueError or OSError of the command: what a user can mend.
+            part, and for a ValueError or OSError of the command: what a user can mend; after a KeyboardInterrupt
+            the process ends there and then, with a line and status 130.
     """
     argv = sys.argv if argv is None else argv
+    _open_closed_streams()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         require_train("this command")
     except ImportError as error:
@@ -72,6 +77,29 @@ def run(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(f"error: out of memory; smaller batches, or a smaller model, need less: {_one_line(str(error))}")
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)  # threads that still write are not waited for
+
+
+def tell(text: str) -> None:
+    """Prints to standard output; to a pipe that nobody reads any more, as behind a `head`, nothing."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes it at the end
+
+
+def _open_closed_streams() -> None:
+    """Gives a standard stream that is closed the null device: else the next file that is opened has its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | None = None) -> flags.FlagValues:

@@ -59,10 +59,10 @@ def _train(options: flags.FlagValues) -> None:
     workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
     try:
         if options.eval:
-            print(_table(evaluate(options.config, workdir)))
+            command_line.tell(_table(evaluate(options.config, workdir)))
         else:
             train_and_evaluate(options.config, workdir)
-            print(f"curves, metrics and checkpoints are in {workdir}")
+            command_line.tell(f"curves, metrics and checkpoints are in {workdir}")
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
 

@@ -198,7 +198,7 @@ def test_validate_refuses_what_does_not_go_together(changes, message):
         validate(config)
 
 
-@pytest.mark.parametrize("config", [3, None, [], {3: 4}, {"a": {"a": {}}}, ConfigDict({"": 0, 0: 0})], ids=id)
+@pytest.mark.parametrize("config", [3, None, [], {3: 4}, {"a": {"a": {}}}, ConfigDict({"": 0, 0: 0})], ids=range(6))
 def test_what_is_no_configuration_is_refused(config):
     with pytest.raises(ValueError, match="config: "):
         validate(config)

@@ -50,8 +50,8 @@ def _compare(options: flags.FlagValues, command: str) -> None:
         compare(options.config, entries, options.seeds, workdir, vmap=options.vmap, command=command)
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
-    print((workdir / "table.md").read_text(), end="")
-    print(f"\ntables, curves and every run's record are in {workdir}")
+    table = (workdir / "table.md").read_text()
+    command_line.tell(f"{table}\ntables, curves and every run's record are in {workdir}")
 
 
 if __name__ == "__main__":
