@@ -19,6 +19,7 @@ import platform
 import re
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -117,8 +118,8 @@ class Hosts:
 
     def __enter__(self) -> Self:
         """Returns when all processes are here; ends the program with a line where that can't be."""
-        if self._coordinator and not re.fullmatch(r".+:\d{1,5}", self._coordinator):
-            sys.exit(f"error: --coordinator must be HOST:PORT; got {self._coordinator!r}")
+        if self._coordinator:
+            _check_address(self._coordinator, listens=self._process == 0)
         # JAX ends a program by LOG(FATAL), from any thread, and takes no callback (it can't hand its status to Python).
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._end(self._why_aborted(), alone=True))
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
@@ -221,6 +222,17 @@ class Hosts:
         if "RPC server" in str(error):
             return f"process 0 can't listen at {state.coordinator_address}: the port is taken, or not allowed"
         return f"--distributed: {_first_line(error)} (by hand: {by_hand})"
+
+
+def _check_address(address: str, listens: bool) -> None:
+    port = re.fullmatch(r".+:(\d{1,5})", address)
+    if not port or not 0 < int(port[1]) < 2**16:
+        sys.exit(f"error: --coordinator must be HOST:PORT; got {address!r}")
+    if listens:  # where the port is taken JAX 0.10 to 0.12 may end by a segmentation fault
+        try:
+            socket.create_server(("", int(port[1]))).close()
+        except OSError as error:
+            sys.exit(f"error: process 0 can't listen at --coordinator={address}: {error.strerror}")
 
 
 _SAFE = "What was saved is whole: start all processes again to go on"

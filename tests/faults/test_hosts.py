@@ -140,15 +140,6 @@ def test_the_other_process_never_starts(case, alone):
     case.refused(ended, f"process {alone} could not join", "127.0.0.1:")
 
 
-def test_the_port_of_the_coordinator_is_taken(case):
-    with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        programs = start(case, [], [], env=({"JAX_COORDINATOR_PORT": port}, {"JAX_COORDINATOR_PORT": port}))
-        case.refused(programs[0].wait(40), "can't listen", port)
-
-
 # ---------------- What is killed, and goes on ----------------
 
 _OFTEN = ("--config.checkpoint.every_steps=2", "--config.epochs=3")

@@ -62,11 +62,17 @@ def test_a_platform_without_devices_is_one_line(monkeypatch, error):
         run.build(tiny_config())
 
 
-def test_the_line_without_a_cluster_and_with_a_wrong_address(monkeypatch):
+def test_the_line_without_a_cluster_and_with_a_wrong_address():
     why = hosts.Hosts()._why_not_joined(ValueError("coordinator_address should be defined."))
     assert "Slurm" in why and "--coordinator=HOST:PORT --processes=N --process=I" in why
-    with pytest.raises(SystemExit, match=r"HOST:PORT; got 'here'"):
-        hosts.Hosts("here").__enter__()
+    for address in ("here", "here:0", "here:70000"):
+        with pytest.raises(SystemExit, match=f"HOST:PORT; got '{address}'"):
+            hosts.Hosts(address).__enter__()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(SystemExit, match=r"process 0 can't listen at --coordinator=localhost:.*Address already"):
+            hosts.Hosts(f"localhost:{taken.getsockname()[1]}", 2, 0).__enter__()
 
 
 def test_a_process_that_does_not_answer_is_found(monkeypatch):
@@ -123,7 +129,7 @@ def test_the_others_are_told_of_a_mistake_in_one_process(tmp_path):
 
 
 def test_a_killed_process_ends_the_other_and_both_go_on(tmp_path):
-    processes = start(tmp_path, ["--config.epochs=500"], ["--config.epochs=500"], wait=False)
+    processes = start(tmp_path, *[["--config.epochs=500", "--config.checkpoint.every_steps=1"]] * 2, wait=False)
     while not list(tmp_path.glob("run/checkpoints/[0-9]")):
         assert processes[0].poll() is None, ended(processes)
         time.sleep(0.01)
@@ -131,5 +137,5 @@ def test_a_killed_process_ends_the_other_and_both_go_on(tmp_path):
     (killed, _), (status, line) = ended(processes)
     assert (killed, status) == (-signal.SIGKILL, 1)
     assert line.startswith("error: ") and line.endswith("start all processes again to go on")
-    again = ["--config.epochs=2", "--config.allow_change=epochs"]
+    again = ["--config.epochs=1", "--config.allow_change=epochs"]
     assert [status for status, _ in start(tmp_path, again, again)] == [0, 0]
