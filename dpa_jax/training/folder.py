@@ -68,11 +68,13 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[None]:
-    path = folder / _LOCK
+    path, made = folder / _LOCK, not folder.exists()
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # who had the folder until now has just removed it
+            continue
         except OSError as error:
             raise OSError(f"{folder} cannot be written to: {error.strerror}; choose another workdir") from None
         with contextlib.ExitStack() as stack:
@@ -92,7 +94,7 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
             # Who had it until now may have removed the file, after it was opened here.
             if not _same(file, path):
                 continue
-            stack.callback(_remove, path)
+            stack.callback(_remove, path, made)
             who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
             with writing(path):
                 os.ftruncate(file, 0)
@@ -117,9 +119,11 @@ def _same(file: int, path: pathlib.Path) -> bool:
         return False
 
 
-def _remove(path: pathlib.Path) -> None:
+def _remove(path: pathlib.Path, made: bool) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+        if made:
+            path.parent.rmdir()  # fails where something has been written
 
 
 @contextlib.contextmanager

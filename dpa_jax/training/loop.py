@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import pathlib
 import statistics
@@ -97,15 +98,15 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         if start < total_steps:
             for member, folder in zip(run.configs, folders, strict=True):
                 write_config(member, folder, _examples(run))
-        epoch = next((e for e in range(1, config.epochs + 1) if run.steps_at(e) > start), config.epochs)
+        ended = bisect.bisect_right(range(1, config.epochs + 1), start, key=run.steps_at)  # epochs
+        epoch = min(ended + 1, config.epochs)
         images, every = config.batch_size * len(run.seeds), config.log_every_seconds
         progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
         progress.begin(epoch, start, run.steps_at(epoch))
         notes += [recorder.note for recorder in recorders if recorder.note]
-        ended = [e for e in range(1, config.epochs + 1) if run.steps_at(e) <= start]
         for folder, recorder in zip(folders, recorders, strict=True):
             recorded = {record.get("epoch") for record in recorder.history}
-            if jax.process_index() == 0 and (lacking := [e for e in ended if e not in recorded]):
+            if jax.process_index() == 0 and (lacking := [e for e in range(1, ended + 1) if e not in recorded]):
                 notes.append(f"note: {folder / 'metrics.jsonl'} lacks epoch {', '.join(map(str, lacking))}")
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
