@@ -2,6 +2,8 @@
 
 import difflib
 import inspect
+import math
+import numbers
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +21,7 @@ _TINY, _HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) -> None:
     """Raises ValueError, with the nearest names, unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         nearest = " or ".join(map(repr, difflib.get_close_matches(str(value), allowed, cutoff=0.5)))
         hint = f" Did you mean {nearest}?" if nearest else ""
         raise ValueError(f"{owner}: {argument} must be one of {', '.join(allowed)}; got {value!r}.{hint}")
@@ -27,6 +29,8 @@ def check_choice(owner: str, argument: str, value: Any, allowed: Iterable[str]) 
 
 def add_factory(table: dict[str, Any], name: str, factory: Callable) -> None:
     """Adds a factory to those by name; raises ValueError if the name is taken, TypeError if it cannot be called."""
+    if not isinstance(name, str):
+        raise TypeError(f"register: the name must be a string; got {name!r}")
     if name in table:
         raise ValueError(f"register: the name {name!r} is taken by {table[name]}; choose another")
     if not callable(factory):
@@ -35,13 +39,13 @@ def add_factory(table: dict[str, Any], name: str, factory: Callable) -> None:
 
 
 def check_range(owner: str, argument: str, value: float, low: float | None = None, high: float | None = None) -> None:
-    """Raises ValueError unless ``low <= value <= high``."""
-    try:
-        inside = (low is None or value >= low) and (high is None or value <= high)
-    except TypeError:  # no number
-        inside = False
-    if not inside:
+    """Raises ValueError unless it is a finite number and ``low <= value <= high``."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    inside = number and (low is None or value >= low) and (high is None or value <= high)
+    if not (inside and abs(value) < math.inf):
         allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
+        if inside or low is high is None:
+            allowed = "a finite number"
         raise ValueError(f"{owner}: {argument} must be {allowed}; got {value}")
 
 
@@ -115,8 +119,31 @@ def check_options(
             check_range(owner, argument, value, high=INT32)
 
 
-def check_labels(owner: str, x: jax.Array, labels: jax.Array, rows_per_sample: int = 1) -> None:
-    """Raises ValueError unless ``labels`` is one integer per sample of ``x`` [B * rows_per_sample, ...]."""
+def check_call(owner: str, function: Callable, **arguments: Any) -> None:
+    """Raises TypeError unless the function can be called with these arguments."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise TypeError(f"{owner}: {error}") from error
+
+
+def as_array(owner: str, what: str, value: Any) -> jax.Array:
+    """The value as an array; raises ValueError if it cannot be one."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner}: {what} must be an array of numbers; got a {type(value).__name__}") from error
+
+
+def check_labels(owner: str, x: jax.Array, labels: Any, rows_per_sample: int = 1) -> jax.Array:
+    """``labels`` as int32 [B], of any integer type; what int32 does not hold is its nearest number, or -1 below it.
+
+    Raises ValueError unless there is one integer per sample of ``x`` [B * rows_per_sample, ...].
+    """
+    try:
+        labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)  # JAX would cut off what is too large
+    except ValueError as error:
+        raise ValueError(f"{owner}: labels must be an array; got a {type(labels).__name__}") from error
     wanted = (x.shape[0] // rows_per_sample,)
     if labels.shape != wanted:
         raise ValueError(
@@ -124,16 +151,16 @@ def check_labels(owner: str, x: jax.Array, labels: jax.Array, rows_per_sample: i
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"{owner}: labels must be integers, the class of each sample; got {labels.dtype}")
+    held = jnp.iinfo(labels.dtype)
+    return jnp.asarray(labels.clip(max(held.min, -1), min(held.max, INT32)).astype(np.int32))
 
 
-def check_input(owner: str, x: jax.Array) -> None:
-    """Raises ValueError unless ``x`` is floating and has an axis of channels."""
-    check_floating(owner, x)
-    if x.ndim == 0:
-        raise ValueError(f"{owner}: the input must have an axis of channels, [..., C]; got the shape ()")
-
-
-def check_floating(owner: str, x: jax.Array) -> None:
-    """Raises ValueError unless ``x`` is floating: parameters cast to integers would silently be lost."""
+def check_input(owner: str, x: Any) -> jax.Array:
+    """``x`` as an array; raises ValueError unless it is floating and has an axis of channels, with some."""
+    x = as_array(owner, "the input", x)
+    # Parameters cast to integers would silently be lost.
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{owner}: the input must be floating; got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{owner}: the input must have an axis of channels, [..., C], C at least 1; got {x.shape}")
+    return x

@@ -34,7 +34,7 @@ def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
     Raises ValueError if the rank of ``x`` does not fit the pool.
     """
     if rows_per_sample > 1:
-        x = x.reshape(-1, rows_per_sample, *x.shape[1:])
+        x = x.reshape(x.shape[0] // rows_per_sample, rows_per_sample, *x.shape[1:])
     if how == "auto":
         how = {2: "none", 3: "token"}.get(x.ndim, "mean")
     if how == "token" and x.ndim == 3:
@@ -45,14 +45,6 @@ def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
         return x.astype(jnp.float32)
     wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
     raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
-
-
-def as_int32(labels: jax.Array) -> jax.Array:
-    """Labels of any integer type as int32, in which they can be compared with K; -1 for what int32 does not hold."""
-    largest = jnp.iinfo(jnp.int32).max
-    if jnp.iinfo(labels.dtype).max > largest:
-        labels = jnp.where((labels < 0) | (labels > largest), -1, labels)
-    return labels.astype(jnp.int32)
 
 
 def taking_part(values: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations.baselines import Stateless
-from dpa_jax.checks import check_choice, check_input
+from dpa_jax.checks import check_choice
 
 BASES = {
     # erfc keeps its digits in the tail, where 1 + erf loses them.
@@ -55,8 +55,6 @@ class RAA(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        check_input("RAA", x)
         channels = x.shape[-1]
         bias_shape = (channels,) if self.kind == "elementwise" else ()
         shift = self.param("shift_bias", nn.initializers.zeros, bias_shape, jnp.float32).astype(x.dtype)

@@ -66,8 +66,10 @@ class ResNet(ImageModel):
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Logits [B, K] float32 of images [B, H, W, C]; ``train`` updates batch statistics and memories."""
-        self.check_images(images)
-        x = _conv(self.width, 3, 1, self.dtype, "conv")(images.astype(self.dtype))
+        images = self.checked(images)
+        if train and len(images) == 0:
+            raise ValueError("ResNet: an empty batch has no statistics to train with")
+        x = _conv(self.width, 3, 1, self.dtype, "conv")(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
         x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
         for stage, blocks in enumerate(self.stage_sizes):

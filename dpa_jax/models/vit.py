@@ -90,10 +90,10 @@ class ViT(layers.ImageModel):
 
         In training, dropout and stochastic depth are on (they need a ``dropout`` key) and memories updated.
         """
-        self.check_images(images)
+        images = self.checked(images)
         embed = functools.partial(layers.uniform_conv, padding="VALID", dtype=self.dtype, name="patch_embed")
-        x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, self.embed_dim)
+        x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images)
+        x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.embed_dim)
         class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([class_token, x], axis=1)

@@ -116,7 +116,8 @@ def make_eval_step(
 
 
 def _top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0)
+    numbers = ~jnp.any(jnp.isnan(logits), axis=-1)  # argmax would take the first that is none
+    correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0) & numbers
     return jnp.sum(correct, dtype=jnp.float32) / jnp.maximum(jnp.sum(labels >= 0, dtype=jnp.float32), 1.0)
 
 
