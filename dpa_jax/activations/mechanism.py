@@ -208,7 +208,8 @@ class Mechanism(nn.Module):
         """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
         ``recording`` says whether somebody wants the record, ``read()`` gives the state, ``x`` and ``pool`` are of
-        `prepared`. Returns the output, {key: new array} of the state that has changed, and the record, None of a plain call.
+        `prepared`. Returns the output, {key: new array} of the state that has changed, and the record, None of a plain
+        call.
         """
         asked = train and not self.class_wise  # what needs no labels need not wait for `supervise`
         labels, train = supervised(labels, train)
