@@ -21,8 +21,8 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags, logging
 
@@ -68,7 +68,8 @@ def run(
             raise ValueError("--config is missing, the configuration file")
         else:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-            main(options)
+            with _no_interrupt_lost():
+                main(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {_one_line(str(error))}")
     except MemoryError as error:
@@ -78,9 +79,30 @@ def run(
             raise
         sys.exit(f"error: out of memory; smaller batches, or a smaller model, need less: {_one_line(str(error))}")
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):
-            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)  # threads that still write are not waited for
+        _stop()
+
+
+def _stop() -> NoReturn:
+    with contextlib.suppress(OSError):
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(130)  # threads that still write are not waited for
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """A Ctrl-C in the middle of a destructor counts as well: Python would print a traceback and go on."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            _stop()
+        before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def tell(text: str) -> None:

@@ -296,3 +296,23 @@ def test_every_other_change_is_another_folder_with_a_plain_name():
     assert len(set(folders)) == len(folders)
     for folder in folders:
         assert re.fullmatch(r"runs/[\w.,=+-]{1,120}", folder), folder
+
+
+def test_a_ctrl_c_that_comes_in_a_destructor_counts(tmp_path):
+    """Python prints what is raised there, and goes on."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, weakref\n"
+        "from dpa_jax import command_line\n"
+        "def stop(_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    sum(range(10**6))\n"
+        "def main(options):\n"
+        "    objects = [set()]\n"
+        "    watched = weakref.ref(objects[0], stop)\n"
+        "    objects.clear()\n"
+        "    print('it went on', flush=True)\n"
+        "command_line.run(main, lambda options: None, ['program'], default_config='digits_vit')\n"
+    )
+    ended = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped by Ctrl-C\n")

@@ -191,7 +191,8 @@ class Checkpoints:
                 self.wait()
             finally:
                 manager, self._manager = self._manager, None
-                manager.close()
+                with contextlib.suppress(Exception):  # it says again what `wait` has raised
+                    manager.close()
             self._clear_discarded()
 
     def __enter__(self) -> Self:

@@ -17,7 +17,7 @@ from dpa_jax.training.run import build
 from tests.faults.harness import TINY, Case, Fault
 from tests.helpers import tiny_config
 
-FILES = 22  # at most, in a checkpoint of this run: how the arrays are shared among files is not always the same
+FILES = 26  # at most, in a checkpoint of this run: how the arrays are shared among files is not always the same
 
 
 @functools.cache
@@ -30,15 +30,20 @@ def built():
     return build(config())
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """Of a run with checkpoints after steps 6, 12 and 15 of 18: its folder, and what it would have ended with."""
-    folder = tmp_path_factory.mktemp("half")
+def stop_and_finish(folder):
+    """A run that is told to stop after step 15 of 18, in ``run``, and a copy that is finished, in ``whole``."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
         patch.setattr(Preemption, "requested", lambda self, step: step == 15)
         train(built(), folder / "run", [folder / "run"])
     shutil.copytree(folder / "run", folder / "whole")
     train(built(), folder / "whole", [folder / "whole"])
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """Of a run with checkpoints after steps 6, 12 and 15 of 18: its folder, and what it would have ended with."""
+    folder = tmp_path_factory.mktemp("half")
+    stop_and_finish(folder)
     return folder / "run", left(folder / "whole"), evaluate(config(), folder / "run")
 
 

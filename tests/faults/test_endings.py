@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.faults.harness import ROOT, TINY, Case, Ended, environment
+from tests.faults.harness import ROOT, TINY, Ended, environment, undisturbed
 
 # 18 steps; checkpoints after every second one.
 RUN = (*TINY, "--config.epochs=3", "--config.checkpoint.every_steps=2")
@@ -18,13 +18,9 @@ TRAIN, COMPARE = "dpa_jax.train", "dpa_jax.compare.__main__"
 COMPARED = ("--config=digits_vit", *RUN, "--mechanisms=relu", "--seeds=2")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A run that nothing happens to; `record` and `states` are what it leaves."""
-    case = Case(tmp_path_factory.mktemp("undisturbed"))
-    case.finished(case.train(*RUN))
-    case.wanted = case.record(), case.states()
-    return case
+@pytest.fixture(scope="module", name="undisturbed")
+def _undisturbed(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), *RUN)
 
 
 def programs(case, what, *arguments, module=TRAIN):

@@ -1,6 +1,5 @@
 """Records, configurations and positions that are damaged, changed or gone, and what a run makes of them."""
 
-import functools
 import json
 import shutil
 import time
@@ -12,6 +11,7 @@ from dpa_jax.training.loop import Preempted, evaluate, train
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.run import build
 from tests.faults.harness import TINY, Case, Fault
+from tests.faults.test_checkpoints import built, stop_and_finish
 from tests.helpers import tiny_config
 
 RELU = ("--config.mechanism=relu", "--config.epochs=3")
@@ -19,11 +19,6 @@ RELU = ("--config.mechanism=relu", "--config.epochs=3")
 
 def config(**changes):
     return tiny_config(mechanism="relu", epochs=3, **changes)
-
-
-@functools.cache
-def built():
-    return build(config())
 
 
 def figures(text):
@@ -36,11 +31,7 @@ def figures(text):
 def half(tmp_path_factory):
     """The folder of a run that was told to stop after step 15 of 18, and the record that it would have had."""
     folder = tmp_path_factory.mktemp("half")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(Preemption, "requested", lambda self, step: step == 15)
-        train(built(), folder / "run", [folder / "run"])
-    shutil.copytree(folder / "run", folder / "whole")
-    train(built(), folder / "whole", [folder / "whole"])
+    stop_and_finish(folder)
     return folder / "run", figures((folder / "whole" / "metrics.jsonl").read_text())
 
 

@@ -9,19 +9,16 @@ import threading
 
 import pytest
 
-from tests.faults.harness import TINY, Case
+from tests.faults.harness import TINY, undisturbed
 from tests.faults.test_endings import COMPARE, COMPARED, TRAIN
 
 # 12 steps; checkpoints after every third.
 RUN = (*TINY, "--config.checkpoint.every_steps=3")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    case = Case(tmp_path_factory.mktemp("undisturbed"))
-    case.finished(case.train(*RUN))
-    case.wanted = case.record(), case.states()
-    return case
+@pytest.fixture(scope="module", name="undisturbed")
+def _undisturbed(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), *RUN)
 
 
 def slowly(case, *arguments, module=TRAIN, where="steps"):
