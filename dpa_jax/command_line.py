@@ -9,17 +9,27 @@ A module with a command defines its flags in a function, so that importing it de
         main()
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import inspect
+import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags, logging
 
 from dpa_jax.extras import require_train
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 # Of the configurations that come with dpa_jax: inside of an installed package, beside it in a clone.
 _FOLDERS = [pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parents[1] / "configs"]
@@ -38,13 +48,18 @@ def run(
 
     Raises:
         SystemExit: with one line, for a mistake in the command line or in the configuration file, for a missing
-            part, and for a ValueError or OSError of the command: what a user can mend.
+            part, and for a ValueError or OSError of the command: what a user can mend; after a KeyboardInterrupt
+            the process ends there and then, with a line and status 130.
     """
     argv = sys.argv if argv is None else argv
+    _open_closed_streams()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         require_train("this command")
     except ImportError as error:
         sys.exit(f"error: {error}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         options = parse(define_flags, argv, default_config=default_config)
         if options.help:
@@ -53,9 +68,60 @@ def run(
             raise ValueError("--config is missing, the configuration file")
         else:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-            main(options)
+            with _no_interrupt_lost():
+                main(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_one_line(str(error))}")
+    except MemoryError as error:
+        sys.exit(f"error: out of memory: {_one_line(str(error))}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: out of memory; smaller batches, or a smaller model, need less: {_one_line(str(error))}")
+    except KeyboardInterrupt:
+        _stop()
+
+
+def _stop() -> NoReturn:
+    with contextlib.suppress(OSError):
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(130)  # threads that still write are not waited for
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """A Ctrl-C in the middle of a destructor counts as well: Python would print a traceback and go on."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            _stop()
+        before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def tell(text: str) -> None:
+    """Prints to standard output; to a pipe that nobody reads any more, as behind a `head`, nothing."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python, which flushes it at the end
+
+
+def _open_closed_streams() -> None:
+    """Gives a standard stream that is closed the null device: else the next file that is opened has its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | None = None) -> flags.FlagValues:
@@ -67,27 +133,44 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
     options = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=options)
     define_flags(options)
-    for argument in argv[1:]:
-        if override := re.match(r"--?config\.([\w.]+)", argument):
-            check_key(override[1])
-    argv = _with_config_files(argv)
+    about = "The configuration file, or the name of one that comes with dpa_jax."
+    override = re.compile(r"--?(?:no)?config\.([^=]*)")
+    for found in filter(None, map(override.match, argv[1:])):
+        check_key(found[1])
+    argv, name = _without_config(argv)
+    if name is None:
+        name = default_config
+    if name is None:
+        flags.DEFINE_string("config", None, about, flag_values=options)
+        argv = [argument for argument in argv if not override.match(argument)]
+    else:
+        path = vars(options)["config_path"] = find_config(name)  # for `default_workdir`
+        config = load_config(path)
     try:
-        config_flags.DEFINE_config_file(
-            "config",
-            default_config and str(find_config(default_config)),
-            "The configuration file, or the name of one that comes with dpa_jax.",
-            flag_values=options,
+        if name is not None:
             # The configuration's own lock refuses unknown keys, but where any key is meant to be possible.
-            lock_config=False,
-            accept_new_attributes=True,
-            sys_argv=argv,
-        )
+            unlocked = {"lock_config": False, "accept_new_attributes": True}
+            config_flags.DEFINE_config_dict("config", config, about, options, sys_argv=argv, **unlocked)
         arguments = options(argv)
-    except (flags.Error, KeyError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(_one_line(error)) from error
+    except (RecursionError, MemoryError) as error:
+        some = ", ".join(argument[:60] for argument in argv[1:])
+        raise ValueError(f"one of these arguments is too long, or nested too deeply: {some}") from error
+    except Exception as error:  # absl and ml_collections take any text, and raise whatever they come upon
+        kind = "" if isinstance(error, flags.Error) else "config: "
+        raise ValueError(kind + _gist(error)) from error
     if arguments[1:]:
         raise ValueError(f"unknown argument {arguments[1]!r}; a configuration file comes after --config")
     return options
+
+
+def define_workdir(text: str, options: flags.FlagValues) -> None:
+    """Defines ``--workdir``, which must not be empty, as a shell's unset variable makes it, or what is no text."""
+    flags.DEFINE_string("workdir", None, text, flag_values=options)
+
+    def is_text(value: str | None) -> bool:
+        return value is None or (value != "" and value.encode(errors="ignore").decode() == value)
+
+    flags.register_validator("workdir", is_text, "it must be the name of a folder, in UTF-8", flag_values=options)
 
 
 def find_config(name: str) -> pathlib.Path:
@@ -99,7 +182,7 @@ def find_config(name: str) -> pathlib.Path:
     folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
     own = {file.stem: file for file in sorted(folder.glob("*.py"))}
     path = pathlib.Path(name)
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for what no file can be called
         return path
     if path.stem in own and name in (path.stem, f"configs/{path.stem}.py"):
         return own[path.stem]
@@ -119,32 +202,68 @@ def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path
 
     overrides = sorted(config_flags.get_override_values(options["config"]).items())
     changes = [f"{key}={value}" for key, value in overrides if changes_figures(key)]
-    stem = pathlib.Path(config_flags.get_config_filename(options["config"])).stem
-    name = ",".join([prefix + stem, *changes])
+    name = ",".join([prefix + options.config_path.stem, *changes])
     safe = re.sub(r"[^\w.,=+-]+", "_", name)
     if safe != name or len(safe) > 120:
-        safe = f"{safe[:100]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        safe = f"{safe[:100]},{hashlib.sha256(name.encode(errors='backslashreplace')).hexdigest()[:8]}"
     return pathlib.Path("runs") / safe
 
 
-def _with_config_files(argv: list[str]) -> list[str]:
-    """The arguments with the path of a file after every --config."""
-    argv = list(argv)
-    for i, argument in enumerate(argv[1:], 1):
-        if given := re.fullmatch(r"(--?config=)(.*)", argument):
-            argv[i] = given[1] + str(find_config(given[2]))
-        elif re.fullmatch("--?config", argv[i - 1]) and i > 1:
-            argv[i] = str(find_config(argument))
-    return argv
+def load_config(path: pathlib.Path) -> ConfigDict:
+    """What ``get_config()`` of a configuration file returns.
+
+    Raises:
+        ValueError: for a mistake in the file, with the line that it is in.
+    """
+    from ml_collections import ConfigDict
+
+    module = sys.modules["config_file"] = types.ModuleType("config_file")
+    module.__file__, line = str(path), None
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise ValueError("a configuration file has a function get_config()")
+        line = getattr(getattr(get_config, "__code__", None), "co_firstlineno", None)
+        config = get_config()
+        if not isinstance(config, ConfigDict):
+            raise ValueError(f"get_config() must return what default_config() makes; got {type(config).__name__}")
+    except (Exception, SystemExit) as error:  # whatever the file does
+        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            inside = [error.lineno]
+        where = f"{path}, line {line}" if (line := [line, *inside][-1]) else str(path)
+        kind = "" if isinstance(error, AttributeError | TypeError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: {kind}{_gist(error)}") from error
+    return config
 
 
-def _one_line(error: Exception) -> str:
-    """The gist of ml_collections' errors, which list all keys with their values or hold whole tracebacks."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == "get_config"]
-    place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else "config"
-    message = error.args[0]
-    while isinstance(message, Exception):
-        message = message.args[0]
-    lines = re.sub(r' Other fields present: ".*"(?=\n|\Z)', "", str(message), flags=re.DOTALL).strip().splitlines()
-    text = " ".join(dict.fromkeys((lines[0], lines[-1])))
-    return text if isinstance(error, flags.Error) else f"{place}: {text}"
+def _without_config(argv: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without --config, and its value; ValueError where that is missing, or is given twice."""
+    rest, names, waiting = argv[:1], [], iter(argv[1:])
+    for argument in waiting:
+        if given := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            name = next(waiting, None) if given[1] is None else given[1]
+            if not name:
+                raise ValueError("--config must be followed by the name of a configuration file")
+            names.append(name)
+        else:
+            rest.append(argument)
+    if len(names) > 1:
+        raise ValueError(f"--config is given twice: {names[0]}, {names[1]}")
+    return rest, names[0] if names else None
+
+
+def _gist(error: BaseException) -> str:
+    """What an error says, without what ml_collections adds: all keys with their values."""
+    message: Any = error
+    while isinstance(message, BaseException):
+        message = message.msg if isinstance(message, SyntaxError) else message.args[0] if message.args else ""
+    text = str(error) if isinstance(error, OSError) else str(message)
+    return re.sub(r' Other fields present: ".*"(?=\n|\Z)', "", text, flags=re.DOTALL)
+
+
+def _one_line(text: str, longest: int = 2000) -> str:
+    """A text as one line, which lacks its middle where it is long."""
+    line = " ".join(filter(None, map(str.strip, text.splitlines())))
+    return line if len(line) <= longest else f"{line[: longest // 2]} ... {line[-longest // 2 :]}"

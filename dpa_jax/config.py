@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import default_coefficients
-from dpa_jax.checks import check_choice, check_range, check_type, is_number
+from dpa_jax.checks import INT32, MAX_SIZE, check_choice, check_count, check_range, check_type, is_number
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
 SCHEDULES = ("cosine", "step", "multistep", "constant")
+MAX_SEED = 2**32 - 1
 
 Check = Callable[[str, Any], None]  # (key with its dots, value) -> None; raises ValueError
 
@@ -48,6 +49,10 @@ def _range(low: float, high: float | None = None) -> Check:
     return lambda path, value: check_range("config", path, value, low, high)
 
 
+def _count(low: int, high: int = INT32) -> Check:
+    return lambda path, value: check_count("config", path, value, low, high)
+
+
 def _one_of(*names: str) -> Check:
     return lambda path, value: check_choice("config", path, value, names)
 
@@ -59,14 +64,16 @@ def _numbers(values: tuple, count: int) -> bool:
 _positive = _must("more than 0", lambda value: value > 0)
 _decay = _must("in [0, 1)", lambda value: 0 <= value < 1)  # at 1 the correction of the bias divides by 0
 _rising = _must(
-    "whole numbers of epochs, rising, from 1",
-    lambda epochs: all(type(e) is int and e >= 1 for e in epochs) and list(epochs) == sorted(set(epochs)),
+    f"whole numbers of epochs, rising, from 1 to {INT32}",
+    lambda epochs: all(type(e) is int and 1 <= e <= INT32 for e in epochs) and list(epochs) == sorted(set(epochs)),
 )
+_means = _must("numbers in [0, 1], one a channel", lambda m: _numbers(m, len(m)) and all(0 <= x <= 1 for x in m))
+_deviations = _must("numbers from 1e-6, one a channel", lambda s: _numbers(s, len(s)) and all(x >= 1e-6 for x in s))
 _interval = _must("(low, high), more than 0", lambda i: _numbers(i, 2) and 0 < i[0] <= i[1])
 _shares = _must("(low, high), more than 0, at most 1.0", lambda i: _numbers(i, 2) and 0 < i[0] <= i[1] <= 1)
 _jitter = _must(
-    "4 numbers, for brightness, contrast, saturation and hue, none under 0 and the last at most 0.5",
-    lambda amounts: _numbers(amounts, 4) and min(amounts) >= 0 and amounts[3] <= 0.5,
+    "4 numbers, for brightness, contrast, saturation and hue, none under 0 or over 100 and the last at most 0.5",
+    lambda amounts: _numbers(amounts, 4) and 0 <= min(amounts) <= max(amounts) <= 100 and amounts[3] <= 0.5,
 )
 
 
@@ -75,6 +82,7 @@ def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
         check_choice("config", f"a key of {path}", name, default_coefficients())
         if not is_number(value):
             raise ValueError(f"config: {path}.{name} must be a number; got {value!r}")
+        check_range("config", f"{path}.{name}", value, 0.0)
 
 
 def _known_keys(path: str, text: str) -> None:
@@ -94,12 +102,12 @@ def _keys() -> dict[str, Any]:
         "model": Key("vit"),
         "model_options": Key({}),
         # Examples in a training batch and in an evaluation batch, over all devices together.
-        "batch_size": Key(256, _range(1)),
-        "eval_batch_size": Key(256, _range(1)),
+        "batch_size": Key(256, _count(1)),
+        "eval_batch_size": Key(256, _count(1)),
         # How often the training set is gone through.
-        "epochs": Key(300, _range(1)),
+        "epochs": Key(300, _count(1)),
         # Of the initial parameters, the order of the examples, augmentation and dropout.
-        "seed": Key(0, _range(0, 2**32 - 1)),
+        "seed": Key(0, _range(0, MAX_SEED)),
         # The share of the target that is spread evenly over all classes.
         "label_smoothing": Key(0.0, _range(0.0, 1.0)),
         # What the model computes in; parameters, memories and the loss are float32 always.
@@ -124,13 +132,13 @@ def _keys() -> dict[str, Any]:
         "schedule": {
             "name": Key("cosine", _one_of(*SCHEDULES)),
             # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
-            "warmup_epochs": Key(0, _range(0)),
+            "warmup_epochs": Key(0, _count(0)),
             "warmup_learning_rate": Key(1e-6, _range(0.0)),
             # cosine: the rate at the end.
             "min_learning_rate": Key(0.0, _range(0.0)),
             # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
-            "step_epochs": Key(30, _range(1)),
-            # multistep: the same after each of these numbers of epochs.
+            "step_epochs": Key(30, _count(1)),
+            # multistep: the same after each of these numbers of epochs; those that never come do nothing.
             "milestones": Key((150, 225), _rising),
             "gamma": Key(0.1, _positive),
         },
@@ -142,31 +150,31 @@ def _keys() -> dict[str, Any]:
             # Fetch what is missing.
             "download": Key(False, changes_figures=False),
             # synthetic: what is made.
-            "image_size": Key(32, _range(1)),
-            "channels": Key(3, _range(1)),
-            "num_classes": Key(10, _range(1)),
-            "train_examples": Key(2048, _range(1)),
-            "test_examples": Key(512, _range(1)),
+            "image_size": Key(32, _count(1, MAX_SIZE)),
+            "channels": Key(3, _count(1, MAX_SIZE)),
+            "num_classes": Key(10, _count(1)),
+            "train_examples": Key(2048, _count(1)),
+            "test_examples": Key(512, _count(1)),
             # Where the images are kept: on the device, in the host's memory, or wherever they fit. Images in files are
             # cut with other draws on the device than on the host.
             "resident": Key("auto", _one_of("auto", "device", "host")),
             # Per channel, of images scaled to [0, 1]; empty: the source's own.
-            "mean": Key(()),
-            "std": Key(()),
+            "mean": Key((), _means),
+            "std": Key((), _deviations),
             # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
             "imbalance": Key(1.0, _range(1.0)),
             # Images that are read at every step: processes that decode them; 0: threads of this one.
-            "workers": Key(0, _range(0), changes_figures=False),
+            "workers": Key(0, _count(0, 1024), changes_figures=False),
             # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
             "corrupt": Key("refuse", _one_of("refuse", "replace"), changes_figures=False),
         },
         "augment": {
             # The width and height that the model gets; 0: as the images are stored.
-            "image_size": Key(0, _range(0)),
+            "image_size": Key(0, _count(0, MAX_SIZE)),
             # Training: none, pad (random crop of the padded image), resized (random resized crop).
             "crop": Key("none", _one_of("none", "pad", "resized")),
             # pad: pixels added on each side.
-            "padding": Key(4, _range(0)),
+            "padding": Key(4, _count(0)),
             # resized: the share of the area and the width-to-height ratio that are drawn from.
             "scale": Key((0.08, 1.0), _shares),
             "ratio": Key((3 / 4, 4 / 3), _interval),
@@ -183,16 +191,16 @@ def _keys() -> dict[str, Any]:
             "mixup": Key(0.0, _range(0.0)),
             "cutmix": Key(0.0, _range(0.0)),
             # Evaluation: resize to this before the centre crop; 0: no resize.
-            "eval_resize": Key(0, _range(0)),
+            "eval_resize": Key(0, _count(0, MAX_SIZE)),
         },
         "checkpoint": {
             # How many of the latest are kept, beside the best.
-            "keep": Key(3, _range(1), changes_figures=False),
+            "keep": Key(3, _count(1), changes_figures=False),
             # Steps between them; 0: at the end of each epoch only.
-            "every_steps": Key(0, _range(0), changes_figures=False),
+            "every_steps": Key(0, _count(0), changes_figures=False),
         },
         # Epochs between evaluations; the last epoch is always followed by one.
-        "eval_every_epochs": Key(1, _range(1)),
+        "eval_every_epochs": Key(1, _count(1)),
         # Seconds between progress lines where the output is not a terminal.
         "log_every_seconds": Key(10.0, _range(0.0), changes_figures=False),
         # Keys between commas that a run may go on with changed, although its figures change with them.
@@ -227,17 +235,27 @@ def validate(config: Mapping[str, Any]) -> None:
             default's, or a value that makes no sense; the key is named with its dots.
     """
     _validate_group("", config, _keys())
-    schedule, epochs = config["schedule"], config["epochs"]
-    if schedule["warmup_epochs"] > epochs:
+    schedule, epochs, augment = config["schedule"], config["epochs"], config["augment"]
+    warmup, highest = schedule["warmup_epochs"], config["optimizer"]["learning_rate"]
+    if warmup > epochs:
         raise ValueError(
-            f"config: schedule.warmup_epochs must be at most epochs; got {schedule['warmup_epochs']} of "
-            f"{epochs}. Set both for a shorter run: --config.schedule.warmup_epochs={epochs}."
+            f"config: schedule.warmup_epochs must be at most epochs; got {warmup} of {epochs}. Set both for a shorter "
+            f"run: --config.schedule.warmup_epochs={epochs}."
         )
-    lowest, highest = schedule["min_learning_rate"], config["optimizer"]["learning_rate"]
-    check_range("config", "schedule.min_learning_rate", lowest, 0.0, highest)
+    for name in ("min_learning_rate", *(["warmup_learning_rate"] if warmup else [])):
+        check_range("config", f"schedule.{name}", schedule[name], 0.0, highest)
+    if 0 < augment["eval_resize"] < augment["image_size"]:
+        raise ValueError(
+            f"config: augment.eval_resize must be 0 or at least augment.image_size, {augment['image_size']}, which is "
+            f"cut out of it; got {augment['eval_resize']}"
+        )
+    for name in ("mixup", "cutmix"):
+        if augment[name] and config["batch_size"] == 1:
+            raise ValueError(f"config: augment.{name} mixes pairs of images; got {augment[name]} with batch_size 1")
 
 
-def _validate_group(prefix: str, given: Mapping[str, Any], keys: dict[str, Any]) -> None:
+def _validate_group(prefix: str, given: Any, keys: dict[str, Any]) -> None:
+    _check_group(prefix.rstrip("."), given)
     for name in given:
         if name not in keys:
             raise ValueError(f"config: there is no key {prefix}{name}. {_nearest_key(prefix, name)}")
@@ -245,18 +263,32 @@ def _validate_group(prefix: str, given: Mapping[str, Any], keys: dict[str, Any])
         path = prefix + name
         if name not in given:
             raise ValueError(f"config: the key {path} is missing; start from default_config()")
-        value, group = given[name], isinstance(key, dict)
-        if group or isinstance(key.default, dict):
-            if not isinstance(value, Mapping | ConfigDict):
-                raise ValueError(
-                    f"config: {path} must be a group of keys; got {value!r} of type {type(value).__name__}"
-                )
+        value = given[name]
+        if isinstance(key, dict):
+            _validate_group(f"{path}.", value, key)
+            continue
+        if isinstance(key.default, dict):
+            _check_group(path, value)
         else:
             check_type("config", path, value, key.default)
-        if group:
-            _validate_group(f"{path}.", value, key)
-        else:
-            key.check(path, value)
+        key.check(path, value)
+
+
+def _check_group(path: str, value: Any) -> None:
+    whole = path or "a configuration"
+    if not isinstance(value, Mapping | ConfigDict):
+        raise ValueError(f"config: {whole} must be a group of keys; got {value!r} of type {type(value).__name__}")
+    try:
+        texts = all(isinstance(name, str) for name in value)
+    except TypeError:  # a ConfigDict sorts its keys, which takes keys of one type
+        texts = False
+    if not texts:
+        raise ValueError(f"config: the keys of {whole} must be text")
+    if path.count(".") > 9:
+        raise ValueError(f"config: {path} is a group in a group, too deep")
+    for name, inner in value.items():
+        if isinstance(inner, Mapping | ConfigDict):
+            _check_group(f"{path}.{name}".lstrip("."), inner)
 
 
 def split_keys(text: str) -> list[str]:

@@ -4,8 +4,8 @@ import importlib.util
 import sys
 
 # What `pip install 'dpa_jax[train]'` brings, by the names under which it is imported.
-TRAIN = ["etils", "importlib_resources", "matplotlib", "ml_collections", "orbax", "PIL", "platformdirs", "pyarrow"]
-TRAIN += ["sklearn", "tensorboardX", "tensorflow_datasets", "tqdm"]
+TRAIN = ["array_record", "etils", "matplotlib", "ml_collections", "orbax", "PIL", "platformdirs", "pyarrow", "sklearn"]
+TRAIN += ["tensorboardX", "tqdm"]
 
 
 def require_train(package: str) -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 from dpa_jax import activations
 from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.activations.swap import Site, Sites, name_of, replacing, with_replacements
-from dpa_jax.checks import check_range
+from dpa_jax.checks import INT32, check_call, check_input, check_sizes
 
 
 class ForwardMemory(nnx.Variable):
@@ -91,12 +91,18 @@ class Stateful(nnx.Module):
         names = ["num_classes", "num_features"] if "num_classes" in fields else ["num_features"]
         if len(sizes) > len(names):
             raise TypeError(f"{owner}: at most {' and '.join(names)} may be given without a name; got {sizes}")
-        options = dict(zip(names, sizes, strict=False)) | options
+        by_order = dict(zip(names, sizes, strict=False))
+        if twice := by_order.keys() & options.keys():
+            raise TypeError(f"{owner}: {min(twice)} is given twice")
+        options = by_order | options
         if "num_features" not in options:
             raise TypeError(f"{owner}: num_features is missing, the number of channels")
+        if rngs is not None and not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"{owner}: rngs must be nnx.Rngs; got {rngs!r}")
         num_features = options.pop("num_features")
+        check_call(owner, self.mechanism, **options)
         self.settings = self.mechanism(parent=None, **options)
-        check_range(owner, "num_features", num_features, low=1)
+        check_sizes(owner, {"num_features": num_features}, high=INT32)
         for key, variable in self.mechanism.kept.items():
             drawn = variable.collection == "params"
             if drawn and rngs is None:
@@ -119,7 +125,8 @@ class Stateful(nnx.Module):
         def read() -> dict[str, jax.Array]:
             return {key: getattr(self, key)[...] for key in self.mechanism.kept}
 
-        how, recording = self.settings.pool_of(pool, rows_per_sample), hasattr(self, "records")
+        recording = hasattr(self, "records")
+        x, how = self.settings.prepared(x, pool, rows_per_sample)
         y, new, record = self.settings.call(x, labels, train, recording, read, how, rows_per_sample)
         for key, value in new.items():
             getattr(self, key)[...] = value
@@ -158,7 +165,7 @@ class RAA(nnx.Module):
     def __init__(self, num_features: int, *, rngs: nnx.Rngs | None = None, **options: Any):
         del rngs
         self.settings = activations.RAA(parent=None, **options)
-        check_range("RAA", "num_features", num_features, low=1)
+        check_sizes("RAA", {"num_features": num_features}, high=INT32)
         # All zeros, whatever the key.
         parameters = self.settings.init(jax.random.key(0), jnp.zeros((1, num_features)))["params"]
         for name, value in parameters.items():
@@ -167,6 +174,9 @@ class RAA(nnx.Module):
     def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """As `dpa_jax.RAA`: the shifted GELU or ReLU of ``x`` [..., C]; ``labels`` and ``train`` change nothing."""
         parameters = {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        x, kernel = check_input("RAA", x), parameters.get("shift_kernel")
+        if kernel is not None and kernel.shape[0] != x.shape[-1]:
+            raise ValueError(f"RAA: it was made for {kernel.shape[0]} features; the input {x.shape} has {x.shape[-1]}")
         y: Any = self.settings.apply({"params": parameters}, x, labels, train)
         return y
 
@@ -206,13 +216,20 @@ def value_and_grad(
     ``loss_fn`` takes the model first and returns the loss or, with ``has_aux``, (loss, anything else). The result is a
     function of the same arguments. It returns what ``loss_fn`` does and the gradients with respect to ``wrt``, for
     ``optimizer.update(model, gradients)``.
+
+    Raises:
+        TypeError: if ``loss_fn`` cannot be called, and if its first argument is no model.
     """
+    if not callable(loss_fn):
+        raise TypeError(f"value_and_grad: takes a function of a model; got {loss_fn!r}")
     state = nnx.DiffState(0, nnx.Any(wrt, BackwardMemory))
     differentiated = nnx.value_and_grad(loss_fn, argnums=state, has_aux=has_aux)
 
     @functools.wraps(loss_fn)
     def value_and_gradients(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         value, gradients = differentiated(model, *args, **kwargs)
+        if not isinstance(gradients, nnx.State):
+            raise TypeError(f"value_and_grad: the first argument must be an nnx.Module; got a {type(model).__name__}")
         # The gradient with respect to a backward memory is its update.
         update, gradients = nnx.split_state(gradients, BackwardMemory, ...)
         nnx.update(model, jax.tree.map(jnp.add, nnx.state(model, BackwardMemory), update))
@@ -222,7 +239,12 @@ def value_and_grad(
 
 
 def reset_counters(model: nnx.Module) -> None:
-    """`dpa_jax.reset_counters` of every mechanism in the model, in place: whenever it enters evaluation."""
+    """`dpa_jax.reset_counters` of every mechanism in the model, in place: whenever it enters evaluation.
+
+    Raises TypeError if ``model`` is no NNX module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"reset_counters: takes an nnx.Module; got a {type(model).__name__}")
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Stateful):
             for key, variable in module.mechanism.kept.items():

@@ -1,5 +1,6 @@
 """Trains and evaluates: python -m dpa_jax.train --config NAME [--workdir DIR] [--config.KEY=VALUE ...] [--eval]."""
 
+import contextlib
 import pathlib
 import sys
 
@@ -10,33 +11,58 @@ from dpa_jax import command_line
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, or evaluates, as a command line says; `command_line.run` tells of ``argv`` and errors."""
-    command_line.run(_train, _define_flags, argv, default_config="digits_vit")
+    argv = sys.argv if argv is None else argv
+    with _hosts(argv):
+        command_line.run(_train, _define_flags, argv, default_config="digits_vit")
 
 
 def _define_flags(options: flags.FlagValues) -> None:
     workdir = "The run's folder; where not given it is runs/NAME, after the configuration and what is changed in it."
-    flags.DEFINE_string("workdir", None, workdir, flag_values=options)
+    command_line.define_workdir(workdir, options)
     evaluate = "Evaluate the run's best and newest checkpoints, train nothing."
     flags.DEFINE_bool("eval", False, evaluate, flag_values=options)
+    _define_host_flags(options)
+
+
+def _define_host_flags(options: flags.FlagValues) -> None:
     flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
+    coordinator = "HOST:PORT of process 0. Like the next two, for --distributed where no cluster says it."
+    flags.DEFINE_string("coordinator", None, coordinator, flag_values=options)
+    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("process", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
+    wait = "How long the processes wait for each other at the start."
+    flags.DEFINE_integer("join_seconds", 60, wait, lower_bound=1, flag_values=options)
+
+
+def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
+    """Joins the other processes before anything else can fail, so that they are told of it."""
+    options = flags.FlagValues()
+    _define_host_flags(options)
+    try:
+        options(argv, known_only=True)
+    except flags.Error:
+        return contextlib.nullcontext()  # the whole command line's reader tells of it
+    if not options.distributed:
+        return contextlib.nullcontext()
+    from dpa_jax.training.hosts import Hosts
+
+    return Hosts(options.coordinator, options.processes, options.process, options.join_seconds)
 
 
 def _train(options: flags.FlagValues) -> None:
     # Imported here, since the loader's worker processes import this module when it is the program.
-    import jax
-
     from dpa_jax.training.checkpoint import DamagedCheckpointError
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
-    if options.distributed:
-        jax.distributed.initialize()
+    if not options.distributed and (options.coordinator, options.processes, options.process) != (None, None, None):
+        raise ValueError("--coordinator, --processes and --process are for --distributed; it is missing")
     workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
     try:
         if options.eval:
-            print(_table(evaluate(options.config, workdir)))
+            command_line.tell(_table(evaluate(options.config, workdir)))
         else:
             train_and_evaluate(options.config, workdir)
-            print(f"curves, metrics and checkpoints are in {workdir}")
+            command_line.tell(f"curves, metrics and checkpoints are in {workdir}")
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
 

@@ -26,6 +26,18 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    # Here and not beside the cases: under xdist the process that reports loads no other conftest.py.
+    if "not faults" in config.option.markexpr:
+        return
+    from tests.faults.table import table
+
+    lines = table(report for reports in terminalreporter.stats.values() for report in reports)
+    if lines:
+        terminalreporter.section("hostile cases")
+        terminalreporter.write_line("\n".join(lines))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
     assert jax.default_backend() == "cpu"

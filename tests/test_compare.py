@@ -16,6 +16,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dpa_jax.activations import Elementwise, register, registry
@@ -238,6 +239,7 @@ def test_more_seeds_are_added_to_those_there_are(finished, tmp_path, monkeypatch
     trained = []
     monkeypatch.setattr(run, "build", lambda config: None)
     monkeypatch.setattr(run, "_train_group", lambda run, name, seeds, folder: trained.append(list(seeds)))
+    monkeypatch.setattr(run, "_whole", lambda folder, config: [])  # those that were not trained
     monkeypatch.setattr(run, "write_report", lambda *_: None)
     monkeypatch.setattr(run, "seeds_that_fit", lambda run, wanted: wanted)
     config = small()
@@ -304,6 +306,11 @@ def test_entries_and_what_they_stand_for():
         ("relu,,dpa", r"'' is not of the form"),
         ("relu,dpa,relu", r"relu is given twice"),
         ("dnrt+arr", r"model_options must be .*got 'arr'"),
+        ("dpa:tau=1:tau=2", r"'dpa:tau=1:tau=2' is not of the form"),
+        ("dpa:tau={[],1}", r"mechanism_options\.tau must be a finite float"),
+        ("dpa:tau=" + 300 * "(", r"mechanism_options\.tau must be a finite float"),
+        ("dpa:axis_name=data", r"mechanism_options must be one of .*got 'axis_name'"),
+        ("dpa:momentum=2.0", r"momentum must be in \[0, 1\]"),
     ],
 )
 def test_bad_entries_are_refused(text, message):
@@ -398,3 +405,14 @@ def test_the_report_in_all_its_forms(tmp_path):
 def test_a_configuration_needs_at_least_one_seed(tmp_path):
     with pytest.raises(ValueError, match="at least 1 seed"):
         compare(default_config(), [], 0, tmp_path)
+
+
+def test_seeds_beyond_the_last_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 seeds from seed 4294967295 on go beyond the last one, 4294967295"):
+        compare(small(seed=2**32 - 1), parse_entries("relu", small()), 2, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_configuration_without_its_keys_is_refused():
+    with pytest.raises(ValueError, match="the key mechanism is missing"):
+        parse_entries("relu", ConfigDict({}))

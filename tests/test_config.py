@@ -3,7 +3,7 @@ import pathlib
 
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dpa_jax.config import default_config, validate
 
@@ -155,11 +155,53 @@ def test_command_line_refuses(override, message):
         ("augment.mixup", -1.0, r"augment\.mixup must be at least 0"),
         ("augment.flip", -0.5, r"augment\.flip must be in \[0\.0, 1\.0\]; got -0\.5"),
         ("checkpoint.keep", 0, r"checkpoint\.keep must be at least 1; got 0"),
+        ("epochs", 2**31, r"epochs must be at most 2147483647; got 2147483648"),
+        ("eval_batch_size", 10**400, r"eval_batch_size must be at most 2147483647"),
+        ("optimizer.learning_rate", 10**400, r"optimizer\.learning_rate must be a finite float"),
+        ("optimizer.learning_rate", 1e300, r"must be a finite float; got 1e\+300 of type float; float32 has 0 and"),
+        ("optimizer.eps", 1e-50, r"optimizer\.eps must be a finite float; got 1e-50"),
+        ("coefficients.channel", -1.0, r"coefficients\.channel must be at least 0"),
+        ("coefficients.channel", 1e39, r"coefficients\.channel must be a number; got 1e\+39"),
+        ("data.image_size", 10**6, r"data\.image_size must be at most 65536"),
+        ("data.workers", 10**6, r"data\.workers must be at most 1024"),
+        ("data.mean", ("a",), r"data\.mean must be numbers in \[0, 1\], one a channel; got \('a',\)"),
+        ("data.mean", (127.5,), r"data\.mean must be numbers in \[0, 1\]"),
+        ("data.std", (0.0,), r"data\.std must be numbers from 1e-6, one a channel; got \(0\.0,\)"),
+        ("augment.color_jitter", (1e30, 0, 0, 0), r"augment\.color_jitter must be 4 numbers"),
+        ("mechanism_options", {"tau": {1: 2}}, r"the keys of mechanism_options\.tau must be text"),
+        ("data", {3: 4}, r"the keys of data must be text"),
     ],
 )
 def test_validate_refuses(path, value, message):
     with pytest.raises(ValueError, match=message):
         validate(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augment": {"eval_resize": 7, "image_size": 8}},
+            r"augment\.eval_resize must be 0 or at least .*, 8, .* got 7",
+        ),
+        (
+            {"augment": {"cutmix": 1.0}, "batch_size": 1},
+            r"augment\.cutmix mixes pairs of images; got 1\.0 with batch_size 1",
+        ),
+        ({"schedule": {"warmup_epochs": 1, "warmup_learning_rate": 1.0}}, r"schedule\.warmup_learning_rate must be in"),
+    ],
+)
+def test_validate_refuses_what_does_not_go_together(changes, message):
+    config = default_config()
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+@pytest.mark.parametrize("config", [3, None, [], {3: 4}, {"a": {"a": {}}}, ConfigDict({"": 0, 0: 0})], ids=range(6))
+def test_what_is_no_configuration_is_refused(config):
+    with pytest.raises(ValueError, match="config: "):
+        validate(config)
 
 
 def test_validate_names_a_missing_key():

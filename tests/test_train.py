@@ -148,6 +148,26 @@ MISTAKES = [
     ("", "--config.mechanism_options.tua=1.0", r"a key of mechanism_options must be .*Did you mean 'tau'"),
     ("", "--config.coefficients.chanel=1.0", r"a key of coefficients .*'chanel'\. Did you mean 'channel'"),
     ("", "--config.model=vit_tinny", r"config: model must be one of .*vit_tiny_patch4_32.*; got 'vit_tinny'"),
+    ("", "--config.mechanism_options.axis_name=data", r"a key of mechanism_options must be .*; got 'axis_name'"),
+    ("", "--config.model_options.dropout=1", r"dropout must be in \[0, 1\); got 1"),
+    ("", "--config.model_options.scan=3", r"model_options\.scan must be bool \| None; got 3"),
+    ("", "--config.mechanism_options.update_interval=9999999999", r"update_interval must be at most 2147483647"),
+    (
+        "",
+        "--config.data.train_examples=2000000000",
+        r"data\.train_examples 2000000000, .* would take .* GB; this machine",
+    ),
+    ("", "--config.schedule.milestones=((((1", r"milestones"),
+    ("", "--config.schedule.milestones=" + "-" * 100_000 + "1", r"one of these arguments .*milestones"),
+    ("", "--config", r"--config must be followed by the name of a configuration file"),
+    ("", "--workdir=", r"flag --workdir=: it must be the name of a folder"),
+    ("", "--config.optimizer.name=a\nb", r"optimizer\.name must be one of"),
+    ("config.epochs = epohcs", "", r"small\.py, line 11: NameError: name 'epohcs' is not defined"),
+    ("config.epochs == = 3", "", r"small\.py, line 11: SyntaxError: invalid syntax"),
+    ("import no_such_module", "", r"small\.py, line 11: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("raise SystemExit(0)", "", r"small\.py, line 11: SystemExit: 0"),
+    ("assert False", "", r"small\.py, line 11: AssertionError"),
+    ("config = 3", "", r"small\.py, line 4: get_config\(\) must return what default_config\(\) makes; got int"),
     ("", "--config.data.image_size=16", r"'vit' takes inputs of shape \(8, 8, 1\); .*\(16, 16, 1\)\. Set config\."),
 ]
 
@@ -155,11 +175,70 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: " ".join(mistake[:2]).strip())
 def test_a_mistake_is_one_line_before_anything_compiles(mistake, tmp_path):
     change, argument, message = mistake
-    arguments = [f"--config={write_config(tmp_path, change)}", argument][argument.startswith("--config=") :]
+    arguments = [f"--config={write_config(tmp_path, change)}", argument][
+        re.match("--config(=|$)", argument) is not None :
+    ]
     traced = "image_size" in argument  # what the model is given is known by tracing the transforms
     (line,) = refused(f"--workdir={tmp_path}/run", *filter(None, arguments), traced=traced).splitlines()
     assert re.match(f"error: .*{message}", line), line
     assert not (tmp_path / "run").exists()
+
+
+TRACED = [
+    ("--config.eval_batch_size=1000000000", r"config: a batch of eval_batch_size 1000000000 would take .* GB"),
+    (
+        "--config.epochs=1000000000",
+        r"config: the steps of epochs 1000000000 must be at most 2147483647; got 3000000000",
+    ),
+    ("--config.augment.eval_resize=7", r"config: augment\.eval_resize must be 0 or at least the 8 pixels"),
+    ("--config.augment.eval_resize=60000", r"config: a batch of 16 images by augment\.eval_resize 60000 would take"),
+    ("--config.augment.rand_augment=rand-n1000000000", r"rand_augment: 'rand-n1000000000' is no RandAugment policy"),
+    (
+        "--config.augment.color_jitter=(0,0,0,0.1)",
+        r"config: augment\.color_jitter changes the hue of colour images only",
+    ),
+    (
+        "--config.model_options={'image_size': 8, 'embed_dim': 65536, 'depth': 65536, 'num_heads': 1}",
+        r"by model_options, would",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), TRACED, ids=lambda text: text[:40])
+def test_what_only_shapes_tell_is_refused_before_anything_compiles(argument, message, tmp_path):
+    config = write_config(tmp_path)
+    (line,) = refused(f"--workdir={tmp_path}/run", f"--config={config}", argument, traced=True).splitlines()
+    assert re.match(f"error: .*{message}", line), line
+
+
+def test_the_key_of_a_batch_that_the_devices_do_not_share_alike(tmp_path):
+    line = refused(f"--config={write_config(tmp_path)}", "--config.eval_batch_size=12", traced=True)
+    assert line == "error: eval_batch_size must be a positive multiple of the 8 devices, not 12"
+
+
+def test_padding_that_could_hide_the_image(tmp_path):
+    crop = ["--config.augment.crop=pad", "--config.augment.padding=8"]
+    line = refused(f"--config={write_config(tmp_path)}", *crop, traced=True)
+    assert line == "error: config: augment.padding must be less than the images' shorter side, 8; got 8"
+
+
+def test_no_more_than_one_configuration():
+    line = refused("--config=digits_vit", "--config", "cifar10_vit")
+    assert line == "error: --config is given twice: digits_vit, cifar10_vit"
+
+
+def test_a_long_error_is_cut():
+    line = refused(f"--config.optimizer.name={'x' * 100_000}")
+    assert line.startswith("error: config: optimizer.name must be one of ") and len(line) < 2100
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, tmp_path):
+    def out_of_memory(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore.")
+
+    monkeypatch.setattr("dpa_jax.training.loop.train_and_evaluate", out_of_memory)
+    line = refused(f"--config={write_config(tmp_path)}")
+    assert re.match(r"error: out of memory; .*: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\. More\.$", line)
 
 
 def test_a_mistake_ends_the_process_with_its_line_alone():
@@ -217,3 +296,23 @@ def test_every_other_change_is_another_folder_with_a_plain_name():
     assert len(set(folders)) == len(folders)
     for folder in folders:
         assert re.fullmatch(r"runs/[\w.,=+-]{1,120}", folder), folder
+
+
+def test_a_ctrl_c_that_comes_in_a_destructor_counts(tmp_path):
+    """Python prints what is raised there, and goes on."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, weakref\n"
+        "from dpa_jax import command_line\n"
+        "def stop(_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    sum(range(10**6))\n"
+        "def main(options):\n"
+        "    objects = [set()]\n"
+        "    watched = weakref.ref(objects[0], stop)\n"
+        "    objects.clear()\n"
+        "    print('it went on', flush=True)\n"
+        "command_line.run(main, lambda options: None, ['program'], default_config='digits_vit')\n"
+    )
+    ended = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped by Ctrl-C\n")

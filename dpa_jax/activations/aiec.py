@@ -11,7 +11,7 @@ import optax
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
-from dpa_jax.checks import check_range
+from dpa_jax.checks import INT32, check_range, check_sizes
 
 
 class AIEC(Mechanism):
@@ -67,7 +67,7 @@ class AIEC(Mechanism):
     def check(self) -> None:
         """Raises ValueError for settings outside of their range."""
         check_range("AIEC", "tau", self.tau, low=0)
-        check_range("AIEC", "update_interval", self.update_interval, low=1)
+        check_sizes("AIEC", {"update_interval": self.update_interval}, high=INT32)
 
     def plain(self, x: jax.Array) -> jax.Array:
         """The threshold: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
@@ -79,7 +79,7 @@ class AIEC(Mechanism):
         ``irrelevant`` [K, C] bool are the channels that both views find irrelevant to a class.
         """
         y, weights = self.plain(x), state["decision_weights"]
-        values = pool(y)
+        values, labels = mem.taking_part(pool(y), labels, self.num_classes)
         logits = jnp.matmul(values, weights.T, precision=jax.lax.Precision.HIGHEST)
         counters = {name: state[name] for name in ("active", "inhibited", "total")}
         step = state["step"]

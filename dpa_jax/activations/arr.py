@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
-from dpa_jax.checks import check_range
+from dpa_jax.checks import INT32, check_range, check_sizes
 
 
 class ARR(Mechanism):
@@ -61,7 +61,7 @@ class ARR(Mechanism):
     def check(self) -> None:
         """Raises ValueError for settings outside of their range."""
         check_range("ARR", "momentum", self.momentum, low=0, high=1)
-        check_range("ARR", "update_interval", self.update_interval, low=1)
+        check_sizes("ARR", {"update_interval": self.update_interval}, high=INT32)
 
     def plain(self, x: jax.Array) -> jax.Array:
         """The identity."""
@@ -73,7 +73,7 @@ class ARR(Mechanism):
         ``recalled`` [B, C] is each sample's row of the memory before this batch; ``counted`` [B] bool, the samples that
         the penalty is over; ``steps``, how each sample moves its class's row, or None where the memory is only read.
         """
-        values = pool(x)
+        values, labels = mem.taking_part(pool(x), labels, self.num_classes)
         seen = {"values": values, "recalled": mem.recall(state["mean"], labels), "labels": labels}
         if not train:
             return x, {}, seen | {"counted": mem.recall(state["count"], labels) > 0, "steps": None}

@@ -6,16 +6,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.checks import check_floating, check_range
+from dpa_jax.checks import check_input, check_range
 
 
 class Stateless(nn.Module):
-    """Base class of activations without a memory, under the signature that all activations here share."""
+    """Base class of activations without a memory, under the signature that all activations here share.
+
+    Raises:
+        ValueError: for a setting that should be a number and is none, and for an input that is not floating [..., C].
+    """
+
+    def __post_init__(self):
+        for name, field in self.__dataclass_fields__.items():
+            if isinstance(field.default, float):
+                check_range(type(self).__name__, name, getattr(self, name))
+        super().__post_init__()
 
     def __call__(self, x: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Applies the activation to ``x`` [..., C]; ``labels`` and ``train`` change nothing."""
         del labels, train
-        return self._activate(x)
+        return self._activate(check_input(type(self).__name__, x))
 
     def _activate(self, x: jax.Array) -> jax.Array:
         raise NotImplementedError
@@ -58,8 +68,7 @@ class PReLU(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("PReLU", x)
-        slope = self.param("negative_slope", nn.initializers.constant(self.initial_slope), x.shape[-1:])
+        slope = self.param("negative_slope", nn.initializers.constant(self.initial_slope), x.shape[-1:], jnp.float32)
         return jnp.where(x >= 0, x, jnp.broadcast_to(slope.astype(x.dtype), x.shape) * x)
 
 
@@ -73,8 +82,7 @@ class LearnableSwish(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("LearnableSwish", x)
-        beta = self.param("beta", nn.initializers.constant(self.initial_beta), ())
+        beta = self.param("beta", nn.initializers.constant(self.initial_beta), (), jnp.float32)
         return x * jax.nn.sigmoid(beta.astype(x.dtype) * x)
 
 
@@ -118,10 +126,9 @@ class GDN(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        check_floating("GDN", x)
         channels = x.shape[-1]
-        beta = self._positive("beta_root", lambda: jnp.ones(channels), MINIMUM_BETA)
-        gamma = self._positive("gamma_root", lambda: self.initial_gamma * jnp.eye(channels), 0.0)
+        beta = self._positive("beta_root", lambda: jnp.ones(channels, jnp.float32), MINIMUM_BETA)
+        gamma = self._positive("gamma_root", lambda: self.initial_gamma * jnp.eye(channels, dtype=jnp.float32), 0.0)
         energy = jnp.matmul(jnp.square(x), gamma.T.astype(x.dtype), preferred_element_type=jnp.float32)
         return x * jax.lax.rsqrt(energy + jnp.broadcast_to(beta, energy.shape)).astype(x.dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
-from dpa_jax.checks import check_choice, check_range
+from dpa_jax.checks import INT32, check_choice, check_range, check_sizes
 
 CRITERIA = {
     "intersection": lambda forward, backward: forward & backward,
@@ -95,7 +95,7 @@ class DPA(Mechanism):
         """Raises ValueError for settings outside of their range."""
         check_range("DPA", "tau", self.tau, low=0)
         check_range("DPA", "momentum", self.momentum, low=0, high=1)
-        check_range("DPA", "update_interval", self.update_interval, low=1)
+        check_sizes("DPA", {"update_interval": self.update_interval}, high=INT32)
         check_choice("DPA", "criterion", self.criterion, CRITERIA)
 
     def plain(self, x: jax.Array) -> jax.Array:
@@ -107,7 +107,8 @@ class DPA(Mechanism):
 
         ``forward`` and ``backward`` [B, C] are each sample's rows of the memories before this batch.
         """
-        y, values = self.plain(x), pool(x)
+        y = self.plain(x)
+        values, labels = mem.taking_part(pool(x), labels, self.num_classes)
         seen = {
             "values": values,
             "forward": mem.recall(state["forward_memory"], labels),

@@ -8,19 +8,20 @@ from `supervise`, check shapes, write memories back and record for `dpa_jax.pena
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.linen import module as linen_module
 
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.penalties import RECORDS, Record, Summary
 from dpa_jax.activations.supervision import supervised
-from dpa_jax.checks import check_choice, check_labels, check_range
+from dpa_jax.checks import INT32, check_choice, check_input, check_labels, check_sizes
 
 Pool = Callable[[jax.Array], jax.Array]
 """From an array of the input's shape to one float32 vector per sample, [B, C]."""
@@ -79,8 +80,14 @@ class Mechanism(nn.Module):
 
     def __post_init__(self):
         owner = type(self).__name__
+        for name in self.__dataclass_fields__:
+            if isinstance(value := getattr(self, name, None), np.generic):
+                # NumPy's numbers have a dtype, which would spread.
+                object.__setattr__(self, name, value.item())
         if hasattr(self, "num_classes"):
-            check_range(owner, "num_classes", self.num_classes, low=1)
+            check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
+        if not isinstance(getattr(self, "axis_name", None), Hashable):
+            raise TypeError(f"{owner}: axis_name must be the name of a mapped axis; got {self.axis_name!r}")
         if getattr(self, "pool", None) is not None:
             check_choice(owner, "pool", self.pool, mem.POOLS)
         self.check()
@@ -141,10 +148,10 @@ class Mechanism(nn.Module):
             rows_per_sample: R, where ``x`` has B * R rows, R after each other for each sample.
 
         Raises:
-            ValueError: for labels, inputs or memories whose shapes do not fit, a collection that is missing, or a pool
-                that both the attribute and the call name.
+            ValueError: for labels, inputs or memories whose shapes or dtypes do not fit, a collection that is missing
+                or that ``train`` updates and that is not mutable, or a pool that both the attribute and the call name.
         """
-        how = self.pool_of(pool, rows_per_sample)
+        x, how = self.prepared(x, pool, rows_per_sample)
         if self.is_initializing():
             if hasattr(self, "pool"):
                 how(x)  # a wrong shape shows here, not in the first training step
@@ -178,20 +185,28 @@ class Mechanism(nn.Module):
         recording = self.is_mutable_collection(RECORDS)
         y, new, record = self.call(x, labels, train, recording, read, how, rows_per_sample)
         for key, value in new.items():
+            if not self.is_mutable_collection(collection := self.kept[key].collection):
+                raise ValueError(
+                    f"{type(self).__name__} {'/'.join(self.path)!r}: training updates {collection!r}, which is not "
+                    "mutable. Pass mutable=dpa_jax.MUTABLE to model.apply."
+                )
             stored[key].value = value
         if record is not None and recording:
             self._record(record)
         return y
 
     @nn.nowrap
-    def pool_of(self, pool: str | None, rows_per_sample: int) -> Pool:
-        """The pool of a call: the attribute's or the call's, ``"token"`` where neither says."""
+    def prepared(self, x: Any, pool: str | None, rows_per_sample: int) -> tuple[jax.Array, Pool]:
+        """The checked input of a call, and its pool: the attribute's or the call's, ``"token"`` where neither says."""
         owner, attribute = type(self).__name__, getattr(self, "pool", None)
+        x = check_input(owner, x)
         if pool is not None:
             check_choice(owner, "pool", pool, mem.POOLS)
         how = "token" if attribute is None and pool is None else nn.merge_param("pool", attribute, pool)
-        check_range(owner, "rows_per_sample", rows_per_sample, low=1)
-        return functools.partial(mem.pool, how=how, rows_per_sample=rows_per_sample)
+        check_sizes(owner, {"rows_per_sample": rows_per_sample}, high=INT32)
+        if x.shape[0] % rows_per_sample:
+            raise ValueError(f"{owner}: {rows_per_sample} rows per sample do not divide the input's {x.shape[0]}")
+        return x, functools.partial(mem.pool, how=how, rows_per_sample=rows_per_sample)
 
     @nn.nowrap
     def call(
@@ -199,8 +214,9 @@ class Mechanism(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
         """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
-        ``recording`` says whether somebody wants the record, ``read()`` gives the state, ``pool`` is of `pool_of`.
-        Returns the output, {key: new array} of the state that has changed, and the record, None of a plain call.
+        ``recording`` says whether somebody wants the record, ``read()`` gives the state, ``x`` and ``pool`` are of
+        `prepared`. Returns the output, {key: new array} of the state that has changed, and the record, None of a plain
+        call.
         """
         asked = train and not self.class_wise  # what needs no labels need not wait for `supervise`
         labels, train = supervised(labels, train)
@@ -208,21 +224,27 @@ class Mechanism(nn.Module):
         if (labels is None and self.class_wise) or not (train or recording):
             return self.plain(x), {}, None
         owner, state = type(self).__name__, read()
-        if x.shape[0] % rows:
-            raise ValueError(f"{owner}: {rows} rows per sample do not divide the input's {x.shape[0]}")
         if labels is not None:
-            labels = jnp.asarray(labels)
-            check_labels(owner, x, labels, rows)
-        for key, variable in self.kept.items():
-            shape = variable.shape(getattr(self, "num_classes", 0), x.shape[-1])
-            if state[key].shape != shape:
-                raise ValueError(
-                    f"{owner}: an input of {x.shape[-1]} channels needs a memory of shape {shape}; "
-                    f"the one given has {state[key].shape}"
-                )
+            labels = check_labels(owner, x, labels, rows)
+        state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
         y, new, seen = self.observe(x, labels, state, train, pool)
         settings = self.clone(parent=None, name=None)
-        return y, new if train else {}, Record(settings, seen, jnp.zeros(()))
+        return y, new if train else {}, Record(settings, seen, jnp.zeros((), jnp.float32))
+
+    @nn.nowrap
+    def _fitting(self, key: str, value: Any, channels: int) -> jax.Array:
+        """A variable's value in its dtype; ValueError unless it has its shape and is of its kind, float or integer."""
+        owner, variable = type(self).__name__, self.kept[key]
+        shape = variable.shape(getattr(self, "num_classes", 0), channels)
+        if jnp.shape(value) != shape:
+            raise ValueError(
+                f"{owner}: an input of {channels} channels needs a memory of shape {shape}; "
+                f"the one given has {jnp.shape(value)} ({key})"
+            )
+        found, wanted = jnp.result_type(value), jnp.dtype(variable.dtype)
+        if jnp.issubdtype(found, jnp.floating) != jnp.issubdtype(wanted, jnp.floating):
+            raise ValueError(f"{owner}: the memory {key} must be {wanted}; the one given is {found}")
+        return jnp.asarray(value, wanted)
 
     def _record(self, record: Record) -> None:
         """Adds the record to those of this call of the model, and drops those of an earlier call."""

@@ -10,7 +10,8 @@ batch, the rows after the batch are ``(1-m)^n_k * old + sum_i m (1-m)^(n_k - r_i
 [B, K] matrix that follows from the labels alone with the values. That is linear in the batch and, sharded over
 it, one sum over devices. The rows that each sample sees on the way are a segmented scan (`prefix_means`).
 
-Labels outside 0..K-1 (-1 by convention: padding, unlabelled) take no part.
+Labels outside 0..K-1 (-1 by convention: padding, unlabelled) take no part, and neither does a sample whose values are
+not all finite: in a product with the weights of other classes, 0 times NaN is NaN.
 
 Inside of ``shard_map``, ``pmap`` or ``vmap`` an ``axis_name`` says over which mapped axis the batch is spread: each
 device holds B samples of a global batch, which is the devices' batches one after the other.
@@ -33,7 +34,7 @@ def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
     Raises ValueError if the rank of ``x`` does not fit the pool.
     """
     if rows_per_sample > 1:
-        x = x.reshape(-1, rows_per_sample, *x.shape[1:])
+        x = x.reshape(x.shape[0] // rows_per_sample, rows_per_sample, *x.shape[1:])
     if how == "auto":
         how = {2: "none", 3: "token"}.get(x.ndim, "mean")
     if how == "token" and x.ndim == 3:
@@ -44,6 +45,12 @@ def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
         return x.astype(jnp.float32)
     wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
     raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
+
+
+def taking_part(values: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """The values [B, C] and labels [B] with zeros and -1 for the samples that take no part."""
+    part = valid_labels(labels, num_classes) & jnp.all(jnp.isfinite(values), axis=-1)
+    return jnp.where(part[:, None], values, 0.0), jnp.where(part, labels, -1)
 
 
 def gather_labels(labels: jax.Array, axis_name: str | None) -> jax.Array:
@@ -146,6 +153,8 @@ def prefix_rows(
     batch, depth logarithmic, no B x B matrix. ``recalled`` and ``terms`` are [B, C], ``factors`` and ``labels`` [B].
     """
     labels = gather_labels(labels, axis_name)
+    if labels.size == 0:
+        return recalled
     order = jnp.argsort(labels, stable=True)
     back = jnp.argsort(order)
     in_order = labels[order]
@@ -194,10 +203,11 @@ def sign_update(
 ) -> jax.Array:
     """How a backward memory changes when it has taken in the signs of the pooled gradients (DPA, section 3).
 
-    A sign is +1 where the gradient is positive, else -1. The change is zero unless ``due``. On the devices of the
-    weights' axis the result is the global batch's, and the same everywhere: neither a sum nor a mean over devices is
-    due, and a mean does no harm. (``shard_map`` itself sums a replicated input's cotangents where they differ between
-    devices; this one is a sum already, and of a type that says so.)
+    A sign is +1 where the gradient is positive, else -1, and 0 where it is no number. The change is zero unless
+    ``due``. On the devices of the weights' axis the result is the global batch's, and the same everywhere: neither a
+    sum nor a mean over devices is due, and a mean does no harm. (``shard_map`` itself sums a replicated input's
+    cotangents where they differ between devices; this one is a sum already, and of a type that says so.)
     """
-    signs = jnp.where(pool(grad_y) > 0, 1.0, -1.0)
+    gradients = pool(grad_y)
+    signs = jnp.where(gradients > 0, 1.0, jnp.where(jnp.isnan(gradients), 0.0, -1.0))
     return jnp.where(due, update_memory(memory, signs, weights) - memory, 0.0)

@@ -6,6 +6,7 @@ whole model: a mean over layers is exact, and a sharded batch costs few reductio
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ class Ratio:
     @classmethod
     def zero(cls) -> Ratio:
         """Nothing over nothing."""
-        return cls(jnp.zeros(()), jnp.zeros(()))
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)
@@ -75,7 +76,15 @@ class Summary:
 
 
 def summarize(mutated: Mapping[str, Any]) -> Summary:
-    """Sums and counts of every penalty and figure: of ``mutated`` as `penalties` takes it; empty without records."""
+    """Sums and counts of every penalty and figure: of ``mutated`` as `penalties` takes it; empty without records.
+
+    Raises TypeError if ``mutated`` is no mapping of collections.
+    """
+    if not isinstance(mutated, Mapping):
+        raise TypeError(
+            "summarize: takes the collections that model.apply(..., mutable=dpa_jax.MUTABLE) returned second; "
+            f"got a {type(mutated).__name__}"
+        )
     leaves = jax.tree.leaves(mutated.get(RECORDS, {}), is_leaf=lambda node: isinstance(node, Record))
     records = [leaf for leaf in leaves if isinstance(leaf, Record)]
     summary = Summary()
@@ -91,7 +100,9 @@ def stack_alike(records: Sequence[Record]) -> list[Record]:
     """Records of equal shapes and settings along one leading axis, so that one look serves all layers."""
     groups = defaultdict(list)
     for record in records:
-        layers = jax.tree.map(lambda leaf, n=record.mark.ndim: leaf.reshape(-1, *leaf.shape[n:]), record)
+        axes = record.mark.ndim
+        count = math.prod(record.mark.shape)
+        layers = jax.tree.map(lambda leaf, n=axes, count=count: leaf.reshape(count, *leaf.shape[n:]), record)
         leaves, structure = jax.tree.flatten(layers)
         groups[tuple(leaf.shape[1:] for leaf in leaves), structure].append(layers)
     return [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *group) for group in groups.values()]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations.baselines import Stateless
-from dpa_jax.checks import check_choice, check_floating
+from dpa_jax.checks import check_choice
 
 BASES = {
     # erfc keeps its digits in the tail, where 1 + erf loses them.
@@ -55,16 +55,14 @@ class RAA(Stateless):
 
     @nn.compact
     def _activate(self, x: jax.Array) -> jax.Array:
-        x = jnp.asarray(x)
-        check_floating("RAA", x)
         channels = x.shape[-1]
         bias_shape = (channels,) if self.kind == "elementwise" else ()
-        shift = self.param("shift_bias", nn.initializers.zeros, bias_shape).astype(x.dtype)
+        shift = self.param("shift_bias", nn.initializers.zeros, bias_shape, jnp.float32).astype(x.dtype)
         if self.kind == "elementwise":
-            kernel = self.param("shift_kernel", nn.initializers.zeros, (channels, channels))
+            kernel = self.param("shift_kernel", nn.initializers.zeros, (channels, channels), jnp.float32)
             projected = x @ kernel.astype(x.dtype)
             shift = projected + jnp.broadcast_to(shift, projected.shape)
         elif self.kind == "vector":
-            kernel = self.param("shift_kernel", nn.initializers.zeros, (channels,))
+            kernel = self.param("shift_kernel", nn.initializers.zeros, (channels,), jnp.float32)
             shift = (x @ kernel.astype(x.dtype) + shift)[..., None]
         return BASES[self.base](x, shift)

@@ -14,7 +14,7 @@ from dpa_jax.activations.dpa import DPA
 from dpa_jax.activations.mechanism import Mechanism, Variable
 from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.activations.raa import RAA
-from dpa_jax.checks import add_factory, check_choice
+from dpa_jax.checks import add_factory, check_call, check_choice
 
 # Those that are a function and nothing else. The papers' GELU is the exact one, by erf.
 _NAMES = "hard_sigmoid hard_swish hard_tanh mish relu relu6 selu sigmoid silu softplus swish tanh"
@@ -62,11 +62,14 @@ def activation(name: str, **options) -> Callable[..., Any]:
 
     Raises:
         ValueError: for an unknown name (with the nearest ones).
-        TypeError: for an option that the activation does not have.
+        TypeError: for an option that the activation does not have, and a registered factory that makes no module.
     """
     check_choice("activation", "name", name, sorted(ACTIVATIONS))
+    check_call(f"activation {name!r}", ACTIVATIONS[name], **options)
     make = functools.partial(ACTIVATIONS[name], **options)
-    make(parent=None)  # a wrong option shows here, not in the middle of a model
+    made = make(parent=None)  # a wrong option shows here, not in the middle of a model
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"activation: the factory of {name!r} must make linen modules; it made a {type(made).__name__}")
 
     def factory(*inputs: Any, **attributes: Any) -> Any:
         module = make(**attributes)
@@ -96,7 +99,7 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
 
     Raises:
         ValueError: if the name is taken.
-        TypeError: if ``factory`` cannot be called.
+        TypeError: if the name is no string or ``factory`` cannot be called.
     """
     add_factory(ACTIVATIONS, name, factory)
 
@@ -130,7 +133,10 @@ def reset_counters(variables: Mapping[str, Any]) -> Any:
 
     Takes what ``model.init`` returned or any part of it, such as the collection ``activity_counters`` alone, and
     returns the same structure. Other variables, the steps and the decision weights among them, stay as they are.
+    Raises TypeError if ``variables`` is no mapping.
     """
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"reset_counters: takes variables by collection; got a {type(variables).__name__}")
     known = {"params", *collections()}
     groups: list[tuple[str, dict[str, Variable]]] = []  # a collection, and what one mechanism keeps in it, by name
     for mechanism in mechanisms():

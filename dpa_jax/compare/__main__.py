@@ -29,16 +29,14 @@ def _define_flags(options: flags.FlagValues) -> None:
         "What is compared: NAME[+arr][:OPTION=VALUE]... between commas.",
         flag_values=options,
     )
-    flags.DEFINE_integer("seeds", 5, "How many seeds each is trained with.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer(
+        "seeds", 5, "How many seeds each is trained with.", lower_bound=1, upper_bound=1000, flag_values=options
+    )
     flags.DEFINE_integer(
         "vmap", 0, "Seeds in one program; 0: all on CPUs, else what fits.", lower_bound=0, flag_values=options
     )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it.",
-        flag_values=options,
-    )
+    workdir = "The folder; where not given it is runs/compare_NAME, after the configuration and what is changed in it."
+    command_line.define_workdir(workdir, options)
 
 
 def _compare(options: flags.FlagValues, command: str) -> None:
@@ -52,8 +50,8 @@ def _compare(options: flags.FlagValues, command: str) -> None:
         compare(options.config, entries, options.seeds, workdir, vmap=options.vmap, command=command)
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
-    print((workdir / "table.md").read_text(), end="")
-    print(f"\ntables, curves and every run's record are in {workdir}")
+    table = (workdir / "table.md").read_text()
+    command_line.tell(f"{table}\ntables, curves and every run's record are in {workdir}")
 
 
 if __name__ == "__main__":

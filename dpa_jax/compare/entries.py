@@ -41,6 +41,7 @@ def parse_entries(text: str, config: ConfigDict) -> list[Entry]:
         ValueError: for an entry of another form or one that comes twice; for a mechanism or an option that does not
             exist, with the nearest names; for `mechanism_options` in ``config``, which every entry has its own of.
     """
+    validate(config)
     if config.mechanism_options:
         raise ValueError(
             f"config.mechanism_options must be empty in a comparison; got {config.mechanism_options.to_dict()}. "
@@ -61,7 +62,7 @@ def parse_entries(text: str, config: ConfigDict) -> list[Entry]:
 def _parse(text: str) -> Entry:
     head, *pairs = text.split(":")
     mechanism, *extras = head.split("+")
-    options = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    options = dict(pair.split("=", 1) for pair in pairs if "=" in pair)  # shorter if one is given twice
     if not mechanism or extras not in ([], ["arr"]) or len(options) != len(pairs):
         raise ValueError(f"--mechanisms: {text!r} is not of the form {_FORM}")
     return Entry(text, mechanism, {name: _value(value) for name, value in options.items()}, arr=bool(extras))
@@ -71,5 +72,5 @@ def _value(text: str) -> Any:
     """A number or a truth value where it reads as one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # the parser's, of any text
         return text

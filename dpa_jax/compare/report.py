@@ -19,6 +19,8 @@ from dpa_jax.plots import History, plot_comparison, plot_table
 
 Histories = dict[str, dict[int, History]]  # {entry's name: {seed: the records of its run}}
 
+FILES = ("results.json", "table.md", "table.csv", "table.png", "curves.png")  # what is written
+
 _HEAD = ("mechanism", "seeds", "mean", "std", "best", "masked (%)", "seconds")
 _NONE = "\N{EN DASH}"
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from dpa_jax.compare.entries import Entry
-from dpa_jax.compare.report import Histories, write_report
+from dpa_jax.compare.report import FILES, Histories, write_report
+from dpa_jax.config import MAX_SEED
+from dpa_jax.plots import History
 from dpa_jax.training.continuation import check_unchanged
+from dpa_jax.training.folder import check_kinds, locked
 from dpa_jax.training.loop import train
 from dpa_jax.training.record import read_history
 from dpa_jax.training.run import Run, build
@@ -45,36 +51,63 @@ def compare(
 
     Raises:
         ValueError: for a configuration that can't run, or another than the runs in ``workdir`` were trained with.
+        InUseError: if another program writes to ``workdir``.
         NonFiniteError: if the loss or the gradient of a run is not finite.
-        Preempted: after SIGTERM, when the runs under way are saved.
+        Preempted: after SIGTERM or SIGINT, when the runs under way are saved.
     """
     if num_seeds < 1 or vmap < 0:
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
+    if config.seed + num_seeds - 1 > MAX_SEED:
+        raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
     workdir = pathlib.Path(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}
-    for entry in entries:
-        for seed in seeds:
-            if read_history(folder := folders[entry.name] / f"seed-{seed}"):
-                check_unchanged(entry.configure(config, seed), folder)
+    check_kinds(workdir, FILES, (folder.name for folder in folders.values()))
+    with locked(workdir):
+        for entry in entries:
+            for seed in seeds:
+                check_kinds(folder := folders[entry.name] / f"seed-{seed}")
+                if history := read_history(folder):
+                    notes = check_unchanged(entry.configure(config, seed), folder)
+                    if jax.process_index() == 0 and _finished(history, config):  # the others' are told when they go on
+                        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
-    histories: Histories = {}
-    for entry in entries:
-        folder = folders[entry.name]
-        _train_entry(entry.name, entry.configure(config, config.seed), seeds, folder, vmap)
-        histories[entry.name] = {seed: read_history(folder / f"seed-{seed}") for seed in seeds}
-        write_report(workdir, histories, command)
-    return histories
+        histories: Histories = {}
+        for entry in entries:
+            folder = folders[entry.name]
+            _train_entry(entry.name, entry.configure(config, config.seed), seeds, folder, vmap)
+            histories[entry.name] = {seed: _whole(folder / f"seed-{seed}", config) for seed in seeds}
+            write_report(workdir, histories, command)
+        return histories
+
+
+def _finished(history: History, config: ConfigDict) -> bool:
+    return bool(history) and history[-1].get("epoch", 0) >= config.epochs
+
+
+def _whole(folder: pathlib.Path, config: ConfigDict) -> list[dict[str, Any]]:
+    """The records of a finished run; ValueError where what the report needs is not in them."""
+    history = read_history(folder)
+    lacking = [] if _finished(history, config) else [f"the record of epoch {config.epochs}"]
+    for key in ("epoch", "seconds"):
+        lacking += [f"{key} at step {record['step']}" for record in history if record.get(key) is None]
+    lacking += [] if lacking or history[-1].get("eval_top1") is not None else ["eval_top1 in its last record"]
+    if lacking:
+        raise ValueError(
+            f"{folder / 'metrics.jsonl'} lacks {lacking[0]}, so there is no row for it. Put it back, or remove "
+            f"{folder.parent} to train it again."
+        )
+    return history
 
 
 def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pathlib.Path, vmap: int) -> None:
     """Trains those of the seeds that are not finished: the groups under way first, then new ones."""
 
     def unfinished(some: Iterable[int]) -> list[int]:
-        histories = {seed: read_history(folder / f"seed-{seed}") for seed in some}
-        return [seed for seed, history in histories.items() if not history or history[-1]["epoch"] < config.epochs]
+        return [seed for seed in some if not _finished(read_history(folder / f"seed-{seed}"), config)]
 
-    ends = sorted(tuple(map(int, path.name.split("-")[1:])) for path in folder.glob("seeds-*-*"))
+    matches = (re.fullmatch("seeds-([0-9]+)-([0-9]+)", path.name) for path in folder.glob("seeds-*-*"))
+    ends = sorted((int(match[1]), int(match[2])) for match in matches if match)
     groups = [range(first, last + 1) for first, last in ends if unfinished(range(first, last + 1))]
     rest = np.setdiff1d(unfinished(seeds), np.concatenate([[], *groups])).astype(int)
     if not groups and not rest.size:

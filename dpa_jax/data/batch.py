@@ -81,7 +81,7 @@ class Spec:
       metrics: what an evaluation reports.
 
     Raises:
-      ValueError: another number of names than of classes.
+      ValueError: another number of names than of classes, or a split without examples.
     """
 
     name: str
@@ -95,6 +95,9 @@ class Spec:
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
+        for split, examples in (("train", self.train_examples), ("test", self.test_examples)):
+            if examples < 1:
+                raise ValueError(f"{self.name}: there are no examples in the split {split!r}")
 
     def configured(self, data: ConfigDict) -> Spec:
         """The spec with what the configuration's `data` part overrides."""

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -163,10 +162,19 @@ def decode(file: BinaryIO, channels: int, where: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
-    """The image in a file; what Pillow raises for damaged data of these formats becomes a CorruptImageError."""
+    """The image in a file; whatever Pillow raises for damaged data becomes a CorruptImageError.
+
+    So do images of more pixels than `Image.MAX_IMAGE_PIXELS`, of which Pillow only warns up to twice as many.
+    """
     try:
         with Image.open(file, formats=("JPEG", "PNG")) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its {image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
             yield image
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        reason = "is neither a JPEG nor a PNG" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "is neither a JPEG nor a PNG"
         raise CorruptImageError(f"{where} cannot be decoded: {reason}") from error

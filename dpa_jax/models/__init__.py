@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from dpa_jax.checks import add_factory, check_choice, check_options
+from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT
@@ -28,10 +28,15 @@ def create(name: str, num_classes: int, **options) -> nn.Module:
 
     Raises:
         ValueError: for an unknown name or option, with the nearest one, and for an option of another type.
+        TypeError: for an activation that is no factory, and a registered factory that makes no model.
     """
     check_choice("models.create", "name", name, MODELS)
     check_options(f"model {name!r}", MODELS[name], options, given=("num_classes",))
-    return MODELS[name](num_classes=num_classes, **options)
+    check_sizes("models.create", {"num_classes": num_classes}, high=INT32)
+    model = MODELS[name](num_classes=num_classes, **options)
+    if not isinstance(model, nn.Module) or not hasattr(model, "example_inputs"):
+        raise TypeError(f"models.create: the factory of {name!r} must make linen modules with example_inputs")
+    return model
 
 
 def register(name: str, factory: Callable[..., nn.Module]) -> None:
@@ -42,7 +47,7 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
 
     Raises:
         ValueError: if the name is taken.
-        TypeError: if ``factory`` cannot be called.
+        TypeError: if the name is no string or ``factory`` cannot be called.
     """
     add_factory(MODELS, name, factory)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.checks import INT32, as_array, check_call, check_sizes
 
 # The papers' programs cut this normal at +-2, a hundred standard deviations out.
 normal_init = nn.initializers.normal(0.02)
@@ -31,6 +32,10 @@ class ImageModel(nn.Module):
         in_channels: channels of the images.
         arr: whether an `ARR` follows every block or stage (DNRT).
         dtype: compute dtype; parameters, statistics and logits are float32.
+
+    Raises:
+        ValueError: for a size that is no whole number from 1, and for images of another shape.
+        TypeError: for an activation that makes no modules.
     """
 
     num_classes: int
@@ -40,17 +45,47 @@ class ImageModel(nn.Module):
     arr: bool = False
     dtype: Any = jnp.float32
 
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
+        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
+        check_makes_modules(owner, self.activation)
+        check_floating(owner, self.dtype)
+        super().__post_init__()
+
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of one normalised image, with a batch axis of 1: [1, H, W, C] float32."""
         return jax.ShapeDtypeStruct((1, self.image_size, self.image_size, self.in_channels), jnp.float32)
 
-    def check_images(self, images: jax.Array) -> None:
-        """Raises ValueError unless ``images`` is a batch like `example_inputs`."""
-        shape = self.example_inputs.shape[1:]
-        if images.shape[1:] != shape:
+    def checked(self, images: Any) -> jax.Array:
+        """The images in the compute dtype; ValueError unless they are a batch like `example_inputs`, and real."""
+        owner, shape = type(self).__name__, self.example_inputs.shape[1:]
+        images = as_array(owner, "images", images)
+        if images.ndim != len(shape) + 1 or images.shape[1:] != shape:
             wanted = ", ".join(map(str, shape))
-            raise ValueError(f"{type(self).__name__}: images must be [B, {wanted}]; got {images.shape}")
+            raise ValueError(f"{owner}: images must be [B, {wanted}]; got {images.shape}")
+        if jnp.iscomplexobj(images):
+            raise ValueError(f"{owner}: images must be real; got {images.dtype}")
+        return images.astype(self.dtype)
+
+
+def check_floating(owner: str, dtype: Any) -> None:
+    """Raises ValueError unless the dtype, an object or a name, is floating."""
+    try:
+        floating = dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{owner}: dtype must be floating; got {dtype}")
+
+
+def check_makes_modules(owner: str, factory: Any) -> None:
+    """Raises TypeError unless ``factory`` can be called as ``factory(name=...)``, as one of modules is."""
+    what = f"{owner}: activation must be a factory of modules, such as dpa_jax.activation('relu')"
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"{what}; got {factory!r}")
+    check_call(f"{what}; {factory!r}", factory, name="")
 
 
 def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:

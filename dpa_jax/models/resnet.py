@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
+from dpa_jax.checks import MAX_SIZE, check_sizes
 from dpa_jax.models.layers import ImageModel, activate
+
+_MAX_STAGES, _MAX_BLOCKS = 10, 500  # each block is compiled
 
 
 def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
@@ -52,11 +55,21 @@ class ResNet(ImageModel):
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
 
+    def __post_init__(self):
+        sizes = self.stage_sizes
+        if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not 1 <= len(sizes) <= _MAX_STAGES:
+            raise ValueError(f"ResNet: stage_sizes must be 1 to {_MAX_STAGES} numbers of blocks; got {sizes!r}")
+        check_sizes("ResNet", {f"stage_sizes[{i}]": blocks for i, blocks in enumerate(sizes)}, high=_MAX_BLOCKS)
+        check_sizes("ResNet", {"width": self.width}, high=MAX_SIZE >> (len(sizes) - 1))
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Logits [B, K] float32 of images [B, H, W, C]; ``train`` updates batch statistics and memories."""
-        self.check_images(images)
-        x = _conv(self.width, 3, 1, self.dtype, "conv")(images.astype(self.dtype))
+        images = self.checked(images)
+        if train and len(images) == 0:
+            raise ValueError("ResNet: an empty batch has no statistics to train with")
+        x = _conv(self.width, 3, 1, self.dtype, "conv")(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
         x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
         for stage, blocks in enumerate(self.stage_sizes):

@@ -29,6 +29,8 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
     owner = type(model).__name__
     if not hasattr(model, "torch_names"):
         raise ValueError(f"{owner} has no PyTorch names to load from")
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"params_from_torch: takes arrays by name; got a {type(arrays).__name__}")
     params = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)["params"], sep=".")
     # {PyTorch name: (name here, shape of one layer)}, the layers of a stack in order.
     places: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -44,8 +46,12 @@ def params_from_torch(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> dic
         if name not in places:
             raise ValueError(f"{name!r} is no parameter of {owner}")
         path, shape = places[name]
-        array = np.asarray(array, np.float32)
-        if path.endswith(".kernel"):  # Linear [out, in] -> [in, out]; convolution [out, in, H, W] -> [H, W, in, out]
+        try:
+            array = np.asarray(array, np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name!r} must be an array of numbers; got a {type(array).__name__}") from error
+        if path.endswith(".kernel") and array.ndim > 1:
+            # Linear [out, in] -> [in, out]; convolution [out, in, H, W] -> [H, W, in, out]
             array = np.moveaxis(array, (1, 0), (-2, -1))
         if array.squeeze().shape == shape:
             array = array.squeeze()  # a Linear to one feature keeps an axis for it

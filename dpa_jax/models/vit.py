@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
 from dpa_jax.activations import activation as make_activation
-from dpa_jax.checks import check_range
+from dpa_jax.checks import MAX_SIZE, check_range, check_rate, check_sizes
 from dpa_jax.models import layers
 
 
@@ -52,13 +52,13 @@ class ViT(layers.ImageModel):
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: width of the MLPs in units of D.
-        dropout: rate after embeddings, attention projections and MLP layers.
-        stochastic_depth: drop rate of the last block's branches; linear from 0 at the first.
+        dropout: rate after embeddings, attention projections and MLP layers, in [0, 1).
+        stochastic_depth: drop rate of the last block's branches, in [0, 1); linear from 0 at the first.
         scan: whether the blocks are compiled as a loop or one by one, with the same variables, random draws and
             results; None decides by the device (`dpa_jax.models.layers.repeat`).
 
     Raises:
-        ValueError: for sizes that do not divide and for images of another shape.
+        ValueError: for sizes that are too small or do not divide, other rates, and images of another shape.
     """
 
     activation: Callable[..., nn.Module] = make_activation("gelu")
@@ -72,11 +72,16 @@ class ViT(layers.ImageModel):
     scan: bool | None = None
 
     def __post_init__(self):
+        names = ("image_size", "patch_size", "embed_dim", "depth", "num_heads")
+        check_sizes("ViT", {name: getattr(self, name) for name in names})
         if self.image_size % self.patch_size:
             raise ValueError(f"ViT: patch_size {self.patch_size} does not divide image_size {self.image_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"ViT: num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
-        check_range("ViT", "depth", self.depth, low=1)
+        # The MLPs' hidden layer has at least one unit.
+        check_range("ViT", "mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, 16 * MAX_SIZE / self.embed_dim)
+        check_rate("ViT", "dropout", self.dropout)
+        check_rate("ViT", "stochastic_depth", self.stochastic_depth)
         super().__post_init__()
 
     @nn.compact
@@ -85,14 +90,14 @@ class ViT(layers.ImageModel):
 
         In training, dropout and stochastic depth are on (they need a ``dropout`` key) and memories updated.
         """
-        self.check_images(images)
+        images = self.checked(images)
         embed = functools.partial(layers.uniform_conv, padding="VALID", dtype=self.dtype, name="patch_embed")
-        x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images.astype(self.dtype))
-        x = x.reshape(x.shape[0], -1, self.embed_dim)
-        class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim))
+        x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images)
+        x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.embed_dim)
+        class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim), jnp.float32)
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:])).astype(self.dtype)
+        x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:]), jnp.float32).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         arr = functools.partial(ARR, self.num_classes) if self.arr else None
         settings = self.num_heads, int(self.embed_dim * self.mlp_ratio), self.activation, arr, self.dropout, self.dtype

@@ -1,11 +1,18 @@
 """Checkpoints of a run: asynchronous and atomic by Orbax, compared with a digest before they are used."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
+import os
 import pathlib
+import re
 import shutil
+import sys
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -14,6 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
+
+from dpa_jax.training.folder import set_aside
 
 _STATE = "state"  # Orbax's item with the arrays
 _METRICS = "metrics/metrics"  # where Orbax keeps a step's metrics, as JSON
@@ -25,6 +34,10 @@ _BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 class DamagedCheckpointError(RuntimeError):
     """There are checkpoints, but none that can be read."""
+
+
+class _UnreadableError(ValueError):
+    """What a checkpoint holds is not what was saved at its step."""
 
 
 class Checkpoints:
@@ -50,14 +63,18 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self.best = best
         self._read_only = read_only
+        self._damaged: set[str] = set()  # names of folders that are passed over
         self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
+        if self.directory.exists() and not self.directory.is_dir():
+            raise NotADirectoryError(f"{self.directory} must be a folder and is a file")
         if read_only:
             return
+        self._set_strangers_aside()
         self._clear_discarded()
-        for step in self._steps():  # the manager reads all metrics as it opens, and fails on damaged ones
-            if jax.process_index() == 0 and (reason := _damage(self._folder(step), only=_METRICS)):
-                self._set_aside(step, reason)
+        if jax.process_index() == 0:
+            self._set_those_without_metrics_aside()  # the manager reads all as it opens, and fails on damaged ones
+        _silence_orbax()
         policies = ocp.checkpoint_managers
         keep_best = policies.BestN(get_metric_fn=self._quality, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
@@ -87,12 +104,13 @@ class Checkpoints:
             self._manager.delete(step)
             self._clear_discarded()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_to_dict(state))}),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
-            force=True,
-        )
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.StandardSave(_to_dict(state))}),
+                metrics={name: float(value) for name, value in (metrics or {}).items()},
+                force=True,
+            )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
         """The step and the state of the newest readable checkpoint, or of `step`; None when nothing was ever saved.
@@ -109,6 +127,7 @@ class Checkpoints:
         """
         _require_shardings(abstract_state)
         self.wait()
+        self._set_strangers_aside()
         steps = self._steps()
         if step is not None and step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}; there are {steps}")
@@ -116,14 +135,15 @@ class Checkpoints:
             folder = self._folder(candidate)
             reason = _damage(folder) if jax.process_index() == 0 else ""
             if not multihost_utils.broadcast_one_to_all(np.int32(bool(reason))):
-                _require_same_leaves(folder, abstract_state)
-                return candidate, _read(folder, abstract_state)
-            if jax.process_index() == 0:
-                self._set_aside(candidate, reason)
+                try:
+                    return candidate, _read(folder, abstract_state, candidate)
+                except _UnreadableError as error:  # alike in all processes
+                    reason = str(error)
+            self._set_aside(folder, reason)
             multihost_utils.sync_global_devices(f"damaged checkpoint {candidate}")
             if self._manager is not None:
                 self._manager.reload()
-        aside = sorted(path.name for path in self.directory.glob("damaged-*"))
+        aside = sorted({*self._damaged, *(path.name for path in self.directory.glob("damaged-*"))})
         if steps or aside:
             raise DamagedCheckpointError(
                 f"no readable checkpoint in {self.directory} (steps found: {steps}; set aside: {aside}). "
@@ -139,6 +159,8 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step on the disk with the highest `best` metric (the newest of equals), or None without any."""
+        if self._read_only:  # those that can be written to were looked at when they were opened
+            self._set_those_without_metrics_aside()
         quality = {step: self._quality(self._metrics(step)) for step in self._steps()}
         known = [step for step in quality if quality[step] > -math.inf]
         return max(known, key=lambda step: (quality[step], step), default=None)
@@ -146,36 +168,59 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the save under way is on the disk; raises what made it fail."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._telling():
+                self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What Orbax and TensorStore raise for a file system, each with classes of its own, as one line."""
+        try:
+            yield
+        except Exception as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(number[1])) if number else f"{error}".strip().partition("\n")[0]
+            raise OSError(
+                f"the checkpoint of step {self._saving} could not be written to {self.directory}: {reason}. Those "
+                "before it are kept; make room, or see what is wrong there, and start again."
+            ) from error
 
     def close(self) -> None:
         """Waits for the save under way and lets go of the threads."""
         if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+            try:
+                self.wait()
+            finally:
+                manager, self._manager = self._manager, None
+                with contextlib.suppress(Exception):  # it says again what `wait` has raised
+                    manager.close()
             self._clear_discarded()
 
     def __enter__(self) -> Self:
         """Returns itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Calls `close`."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Calls `close`; after a KeyboardInterrupt it does not, for that waits: a save under way ends by itself."""
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
 
-    def _steps(self) -> list[int]:
+    def _names(self) -> list[str]:
+        """What looks like a checkpoint's folder, to Orbax also in other digits than ours."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        names = [path.name for path in self.directory.iterdir() if path.name.rpartition("_")[2].isdigit()]
+        return sorted(name for name in names if name not in self._damaged and not name.startswith("damaged-"))
+
+    def _steps(self) -> list[int]:
+        return sorted(int(name) for name in self._names() if _is_checkpoint(self.directory / name))
 
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
 
     def _metrics(self, step: int) -> dict[str, float]:
-        try:
-            return json.loads((self._folder(step) / _METRICS).read_text())
-        except (OSError, ValueError):
+        if _damage(self._folder(step), only=_METRICS):
             return {}
+        return json.loads((self._folder(step) / _METRICS).read_text())
 
     def _quality(self, metrics: dict[str, float]) -> float:
         value = metrics.get(self.best, math.nan)
@@ -186,24 +231,62 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._clear_discarded()
             (folder,) = self.directory.glob(f"{self._saving}.*")
-            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-            digest = {name: _fingerprint(folder / name) for name in names if name not in _BOOKKEEPING}
+            digest = {name: _fingerprint(folder / name) for name in _files(folder)}
             (folder / _DIGEST).write_text(json.dumps(digest, indent=1))
 
     def _clear_discarded(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self.directory / _DISCARDED, ignore_errors=True)
 
-    def _set_aside(self, step: int, reason: str) -> None:
-        folder, what = self._folder(step), "it is left where it is"
-        if not self._read_only:
-            aside, copy = self.directory / f"damaged-{step}", 1
-            while aside.exists():
-                copy += 1
-                aside = aside.with_name(f"damaged-{step}-{copy}")
-            folder.rename(aside)
-            what = f"moved to {aside.name}"
+    def _set_strangers_aside(self) -> None:
+        for name in self._names():
+            if not _is_checkpoint(path := self.directory / name):
+                what = "a link" if path.is_symlink() else "a file" if path.is_file() else "named as no step is"
+                self._set_aside(path, f"it is {what}")
+
+    def _set_those_without_metrics_aside(self) -> None:
+        for step in self._steps():
+            if reason := _damage(self._folder(step), only=_METRICS):
+                self._set_aside(self._folder(step), reason)
+
+    def _set_aside(self, folder: pathlib.Path, reason: str) -> None:
+        if self._read_only:
+            self._damaged.add(folder.name)
+            if not os.path.lexists(folder):
+                return  # a training that runs there has deleted it
+        if jax.process_index() != 0:
+            return
+        what = "it is left where it is" if self._read_only else f"moved to {set_aside(folder).name}"
         warnings.warn(f"checkpoint {folder} is damaged: {reason}; {what}", RuntimeWarning, stacklevel=3)
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def _silence_orbax() -> None:
+    """Takes away the tracebacks of a save that fails, for `wait` raises what has made it fail."""
+    for name in ("absl", "asyncio"):  # adding a filter again does nothing
+        logging.getLogger(name).addFilter(_is_news)
+    if sys.unraisablehook is not _hook:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _hook
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    if not record.exc_info or record.exc_info[2] is None:
+        return True
+    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return not any("orbax" in file for file in (record.pathname, *files))
+
+
+def _hook(unraisable: Any) -> None:
+    # TensorStore's threads end up here with what they still have to say to an event loop that the failure has closed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _hooks[-1](unraisable)
+
+
+_hooks: list[Callable[[Any], Any]] = []  # those that were there before ours
 
 
 def _fingerprint(path: pathlib.Path) -> list[int | str]:
@@ -211,21 +294,35 @@ def _fingerprint(path: pathlib.Path) -> list[int | str]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
+def _files(folder: pathlib.Path) -> list[str]:
+    """What a digest names: every file but Orbax's bookkeeping and the digest itself."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [name for name in names if name not in (*_BOOKKEEPING, _DIGEST)]
+
+
 def _damage(folder: pathlib.Path, only: str | None = None) -> str:
     """Says what is wrong with the files of a checkpoint (or with one of them); empty when nothing is."""
     try:
-        digest = json.loads((folder / _DIGEST).read_text())
-        for name in [only] if only else digest:
-            size, sha256 = digest[name]
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-            if _fingerprint(folder / name)[1] != sha256:
+        try:
+            digest = json.loads((folder / _DIGEST).read_text())
+            named = {name: (int(size), str(sha256)) for name, (size, sha256) in digest.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            return f"{_DIGEST} is unreadable"
+        found = _files(folder)
+        if missing := [name for name in found if name not in named and not name.rpartition("/")[2].startswith(".")]:
+            return f"{_DIGEST} does not name {missing[0]}"
+        for name in [only] if only else named:
+            if name not in found:
+                return f"{name} is missing"
+            size = (folder / name).stat().st_size
+            if size != named[name][0]:
+                return f"{name} has {size} bytes instead of {named[name][0]}"
+            if _fingerprint(folder / name)[1] != named[name][1]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError as error:
-        return f"{pathlib.Path(error.filename).relative_to(folder)} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{_DIGEST} or a file it names is unreadable ({error!r})"
+        return f"{pathlib.Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{error.filename or folder} is unreadable: {error.strerror}"
     return ""
 
 
@@ -248,9 +345,8 @@ def _require_shardings(abstract_state: Any) -> None:
             )
 
 
-def _require_same_leaves(folder: pathlib.Path, abstract_state: Any) -> None:
-    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(folder) / _STATE)
-    saved, wanted = traverse_util.flatten_dict(metadata.tree), _flat(abstract_state)
+def _require_same_leaves(folder: pathlib.Path, saved: dict[tuple[str, ...], Any], abstract_state: Any) -> None:
+    wanted = _flat(abstract_state)
     for path in [*wanted, *(path for path in saved if path not in wanted)]:
         there, here = _describe(saved.get(path)), _describe(wanted.get(path))
         if there != here:
@@ -264,8 +360,28 @@ def _describe(leaf: Any) -> str:
     return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _read(folder: pathlib.Path, abstract_state: Any) -> Any:
+# What Orbax and TensorStore raise for files that are not theirs. A device's or a host's lack of memory is none of them.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, FileNotFoundError)
+
+
+def _read(folder: pathlib.Path, abstract_state: Any, step: int) -> Any:
+    """The state in a checkpoint.
+
+    Raises:
+        ValueError: it is of another model.
+        _UnreadableError: its files are as they were written, but no state of this step.
+    """
     handler, wanted = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(_to_dict(abstract_state))
-    arrays = traverse_util.flatten_dict(handler.restore(epath.Path(folder) / _STATE, args=wanted))
+    try:
+        saved = traverse_util.flatten_dict(handler.metadata(epath.Path(folder) / _STATE).tree)
+    except _UNREADABLE as error:
+        raise _UnreadableError(f"there is no list of its arrays ({type(error).__name__})") from error
+    _require_same_leaves(folder, saved, abstract_state)
+    try:
+        arrays = traverse_util.flatten_dict(handler.restore(epath.Path(folder) / _STATE, args=wanted))
+    except _UNREADABLE as error:
+        raise _UnreadableError(f"its arrays cannot be read ({type(error).__name__})") from error
+    if (inside := arrays.get(("step",))) is not None and np.any(np.asarray(inside) != step):
+        raise _UnreadableError(f"the state in it is that of step {np.max(np.asarray(inside))}")
     leaves = [arrays[path] for path in _flat(abstract_state)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

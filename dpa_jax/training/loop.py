@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import pathlib
-import signal
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpa_jax.plots import plot_curves
-from dpa_jax.training.checkpoint import Checkpoints
+from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
+from dpa_jax.training.folder import check_kinds, locked, writing
+from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
 from dpa_jax.training.record import Recorder
@@ -36,7 +38,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
 
     Args:
         config: as `dpa_jax.config.default_config` makes it, with the changes of a file in ``configs/``.
-        workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``config.json``, ``tensorboard/``, ``curves.png``.
+        workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``config.json``, ``position.json``,
+            ``tensorboard/``, ``curves.png``.
 
     Returns:
         The last line of ``metrics.jsonl``; nothing where a finished run left none.
@@ -45,8 +48,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         ValueError: for a configuration that can't run, another one than ``workdir`` was trained with (see
             `check_unchanged`), or a checkpoint of another model.
         FileNotFoundError: if the data is not there; the message says how to get it.
+        InUseError: if another program trains in ``workdir``.
+        OSError: if ``workdir`` cannot be written to.
+        DamagedCheckpointError: if there are checkpoints, but none that can be read.
         NonFiniteError: if the loss or the gradient is not finite; the last good checkpoint stays.
-        Preempted: after SIGTERM, when the run is saved.
+        Preempted: after SIGTERM or SIGINT, when the run is saved.
+        KeyboardInterrupt: after a second SIGINT, at once.
     """
     workdir = pathlib.Path(workdir)
     (history,) = train(build(config), workdir, [workdir])
@@ -61,9 +68,10 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
     `train_and_evaluate` raises.
     """
     config, total_steps = run.config, run.total_steps
+    agree(facts_of(config, run.spec, "training"), workdir)
     place = "" if name else f" in {workdir}"  # a member's folder is not what a comparison is started with
-    notes = _check_continued(run, workdir, folders)
-    run.load()
+    for folder in {workdir, *folders}:
+        check_kinds(folder)
 
     def check_finite(members: Sequence[Figures], step: int) -> None:
         for seed, figures in zip(run.seeds, members, strict=True):
@@ -77,24 +85,34 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(run))
+        stack.enter_context(locked(workdir))
+        notes = _check_continued(run, workdir, folders, resumes=True)
+        run.load()
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         preemption = stack.enter_context(Preemption())
 
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(run.abstract_state) or (0, run.init())
         recorders = [stack.enter_context(contextlib.closing(Recorder(folder, start))) for folder in folders]
-        stack.callback(_draw, recorders)
+        stack.push(lambda kind, *_: _draw(recorders, start, kind))
         if start < total_steps:
             for member, folder in zip(run.configs, folders, strict=True):
-                write_config(member, folder)
-        epoch = next((e for e in range(1, config.epochs + 1) if run.steps_at(e) > start), config.epochs)
+                write_config(member, folder, _examples(run))
+        ended = bisect.bisect_right(range(1, config.epochs + 1), start, key=run.steps_at)  # epochs
+        epoch = min(ended + 1, config.epochs)
         images, every = config.batch_size * len(run.seeds), config.log_every_seconds
         progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
         progress.begin(epoch, start, run.steps_at(epoch))
+        notes += [recorder.note for recorder in recorders if recorder.note]
+        for folder, recorder in zip(folders, recorders, strict=True):
+            recorded = {record.get("epoch") for record in recorder.history}
+            if jax.process_index() == 0 and (lacking := [e for e in range(1, ended + 1) if e not in recorded]):
+                notes.append(f"note: {folder / 'metrics.jsonl'} lacks epoch {', '.join(map(str, lacking))}")
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
-            for line in (f"{how} after step {start} of {total_steps}{place}", *notes):
-                progress.write(line)
+            notes.insert(0, f"{how} after step {start} of {total_steps}{place}")
+        for line in notes:
+            progress.write(line)
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
@@ -147,8 +165,9 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 checkpoints.save(step, state, _means(evaluations))
             if stop and step < total_steps:
                 checkpoints.wait()
-                progress.write(f"SIGTERM: saved step {step} of {total_steps}; start again{place} to continue")
-                raise Preempted(128 + signal.SIGTERM)
+                told = preemption.signal
+                progress.write(f"{told.name}: saved step {step} of {total_steps}; start again{place} to continue")
+                raise Preempted(128 + told)
             if epoch_ends and step < total_steps:
                 epoch += 1
                 progress.begin(epoch, step, run.steps_at(epoch))
@@ -167,37 +186,64 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
     """
     workdir = pathlib.Path(workdir)
     run = build(config)
-    results = {}
+    check_kinds(workdir)
     for note in _check_continued(run, workdir, [workdir]):
         if jax.process_index() == 0:
             print(note, file=sys.stderr)
+    results: dict[int, Figures] = {}
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
-        best = checkpoints.best_step
-        for step in [None] if best in (None, checkpoints.latest_step) else [best, None]:
-            restored = checkpoints.restore(run.abstract_state, step)
-            if restored is None:
-                raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first, without --eval")
-            _, (results[restored[0]],) = run.evaluate(restored[1])
-    return results
+        steps = [checkpoints.best_step, checkpoints.latest_step]
+        agree({**facts_of(config, run.spec, "evaluation"), "the best and the newest checkpoint": steps})
+        while True:  # one that is damaged is passed over from then on
+            newest = checkpoints.latest_step
+            wanted = list(dict.fromkeys(step for step in (checkpoints.best_step, newest) if step is not None))
+            waiting = [step for step in wanted if step not in results]
+            if not waiting:
+                break
+            try:
+                restored = checkpoints.restore(run.abstract_state, waiting[0])
+            except (DamagedCheckpointError, FileNotFoundError):  # or deleted by a training that runs there
+                continue
+            if restored is not None:
+                _, (results[restored[0]],) = run.evaluate(restored[1])
+        if not wanted:
+            checkpoints.restore(run.abstract_state)  # says which are damaged, if any
+            raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first, without --eval")
+    return {step: results[step] for step in wanted}
 
 
-def _check_continued(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path]) -> list[str]:
+def _check_continued(
+    run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], resumes: bool = False
+) -> list[str]:
     """Notes on what has changed since the checkpoints were written; ValueError for what may not."""
     with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
             return []
-    notes = [check_unchanged(member, folder) for member, folder in zip(run.configs, folders, strict=True)]
+    examples = _examples(run) if resumes else None
+    notes = [check_unchanged(member, folder, examples) for member, folder in zip(run.configs, folders, strict=True)]
     return list(dict.fromkeys(note for some in notes for note in some))
+
+
+def _examples(run: Run) -> int:
+    return run.feeds[0].sampler.num_examples
 
 
 def _means(members: Sequence[Mapping[str, Any]]) -> Figures:
     return {name: statistics.fmean(member[name] for member in members) for name in members[0]}
 
 
-def _draw(recorders: Sequence[Recorder]) -> None:
+def _draw(recorders: Sequence[Recorder], start: int, ended_by: type[BaseException] | None) -> None:
+    """Draws the curves of what was recorded since a step, or those that were never drawn."""
+    if ended_by is KeyboardInterrupt:
+        return
     for recorder in recorders:
-        if recorder.history and jax.process_index() == 0:
-            plot_curves(recorder.history, recorder.workdir / "curves.png")
+        path = recorder.workdir / "curves.png"
+        drawable = [record for record in recorder.history if "epoch" in record]
+        new = drawable and (drawable[-1]["step"] > start or not path.exists())
+        if new and jax.process_index() == 0:
+            # A disk that is full is told of by what first could not be written.
+            with contextlib.suppress(OSError) if ended_by else writing(path):
+                plot_curves(drawable, path)
 
 
 def _line(record: Mapping[str, float], epochs: int) -> str:

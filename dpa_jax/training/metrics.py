@@ -37,6 +37,8 @@ class Classification:
         num_classes = logits.shape[-1]
         # The order among equal logits is top_k's for both: the first class wins.
         _, best = jax.lax.top_k(logits, min(5, num_classes))
+        # What is no number is taken for no class; top_k would take it for the first.
+        best = jnp.where(jnp.any(jnp.isnan(logits), axis=-1, keepdims=True), num_classes, best)
         hits, labelled = best == labels[:, None], labels >= 0
         classes = jnp.arange(num_classes)[None, :]
         actual = labels[:, None] == classes
@@ -71,12 +73,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
 
     Args:
         logits: [B, K], any float type; computed in float32.
-        labels: int [B] in 0..K-1; -1 is padding and counts nowhere.
+        labels: int [B] in 0..K-1; -1 is padding and counts nowhere, whatever its logits are.
         label_smoothing: the share of each target that is spread evenly over all K classes.
     """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32), label_smoothing)
     labelled = labels >= 0
+    # A gradient of 0 times NaN would be NaN.
+    logits = jnp.where(labelled[:, None], logits.astype(jnp.float32), 0.0)
+    losses = optax.softmax_cross_entropy(logits, targets)
     return jnp.where(labelled, losses, 0.0).sum(), labelled.sum(dtype=jnp.float32)
 
 

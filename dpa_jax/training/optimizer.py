@@ -11,6 +11,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from dpa_jax.checks import check_range
+
+_MAX_CHANGES = 10**6  # of the rate by whole epochs, of which there is a table
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
@@ -30,6 +33,9 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
         steps_per_epoch: training images over batch size; need not be whole.
         total_steps: steps of the whole run.
 
+    Raises:
+        ValueError: if the rate changes more than a million times by whole epochs.
+
     Returns:
         From a step (int scalar, 0 is the first) to its rate (float32 scalar); works under jit.
     """
@@ -37,7 +43,6 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
     epochs = math.ceil(total_steps / steps_per_epoch)
     warmup_time = config.warmup_epochs if by_epoch else round(config.warmup_epochs * steps_per_epoch)
     warmup = optax.linear_schedule(config.warmup_learning_rate, learning_rate, warmup_time)
-    first_steps = np.array([round(epoch * steps_per_epoch) for epoch in range(1, epochs)], np.int32)
 
     if config.name == "cosine":
         main = optax.cosine_decay_schedule(
@@ -46,12 +51,32 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
     elif config.name == "constant":
         main = optax.constant_schedule(learning_rate)
     else:
-        every = range(config.step_epochs, epochs, config.step_epochs)
+        every = range(config.step_epochs, epochs - config.warmup_epochs, config.step_epochs)
         milestones = every if config.name == "step" else config.milestones
-        main = optax.piecewise_constant_schedule(learning_rate, dict.fromkeys(milestones, config.gamma))
+        check_range("config", "schedule.warmup_epochs", warmup_time, high=_MAX_CHANGES)
+        if len(milestones) > _MAX_CHANGES:
+            raise ValueError(
+                f"config: schedule.step_epochs must be at least {-(-epochs // _MAX_CHANGES)} for {epochs} epochs; got "
+                f"{config.step_epochs}"
+            )
+        falls = np.asarray(milestones, np.int32)
+        with np.errstate(over="ignore"):  # a rate of infinity is told by the loss
+            rates = np.multiply.accumulate(np.array([learning_rate, *[config.gamma] * len(falls)], np.float32))
+        rates[rates < np.finfo(np.float32).tiny] = 0  # as devices have it
+        # Only in these epochs does the rate change; in the one after the warm-up, too.
+        changes = np.union1d(np.arange(1, warmup_time + 2), falls.astype(np.int64) + warmup_time)
+        changes = changes[changes < epochs]
+        first_steps = np.array([round(epoch * steps_per_epoch) for epoch in changes.tolist()], np.int32)
+        changes = np.concatenate([[0], changes]).astype(np.int32)
+
+        def main(epoch):
+            return jnp.asarray(rates)[jnp.searchsorted(falls, epoch, side="right")]
+
+        def last_change(step):
+            return jnp.asarray(changes)[jnp.searchsorted(first_steps, step, side="right")]
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        now = jnp.searchsorted(first_steps, step, side="right") if by_epoch else jnp.asarray(step)
+        now = last_change(step) if by_epoch else jnp.asarray(step)
         before = jnp.maximum(now - 1, 0)
         rate = main(now - warmup_time) if by_epoch else main(before)
         return jnp.where(before < warmup_time, warmup(before), rate).astype(jnp.float32)

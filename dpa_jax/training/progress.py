@@ -1,8 +1,9 @@
 """The progress of a run: a bar on a terminal, plain lines in a log file."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 import jax
@@ -30,8 +31,8 @@ class Progress:
         """Of a run with ``batch_size`` images a step; every line to the stream (None: stderr) begins with its name."""
         self._epochs, self._batch_size, self._every = epochs, batch_size, every
         self._name = f"{name}: " if name else ""
-        self._stream = sys.stderr if stream is None else stream
-        self._silent = jax.process_index() != 0
+        self._stream: TextIO | None = sys.stderr if stream is None else stream
+        self._silent = jax.process_index() != 0 or self._stream is None  # Python's, where it is closed
         self._bar: tqdm | None = None
         self.images_per_second = 0.0  # of the epoch, as of the last update
 
@@ -42,7 +43,7 @@ class Progress:
         # Speed is measured from here, and from the end of the first step on: that may wait for the compiler.
         self._since, self._compiled = (first_step, time.monotonic()), False
         self._shown = self._since[1]
-        if not self._silent and self._stream.isatty():
+        if not self._silent and self._stream is not None and self._stream.isatty():
             self._bar = tqdm(
                 total=last_step - first_step,
                 desc=self._name + self._label,
@@ -68,8 +69,9 @@ class Progress:
         parts = [text.format(metrics[name]) for name, text in formats.items() if name in metrics]
         figures = ", ".join([*parts, f"{self.images_per_second:,.0f} images/s"])
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(done)
+            with self._until_nobody_reads():
+                self._bar.set_postfix_str(figures, refresh=False)
+                self._bar.update(done)
         elif step >= self._last or now - self._shown >= self._every:
             self._shown = now
             if rate > 0 and step < self._last:
@@ -79,13 +81,23 @@ class Progress:
     def write(self, line: str) -> None:
         """Writes a line of its own, above the bar where there is one."""
         line = self._name + line
-        if self._bar is not None:
-            self._bar.write(line, file=self._stream)
-        elif not self._silent:
-            print(line, file=self._stream, flush=True)
+        with self._until_nobody_reads():
+            if self._bar is not None:
+                self._bar.write(line, file=self._stream)
+            elif not self._silent:
+                print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the epoch and takes the bar away."""
         if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+            bar, self._bar = self._bar, None
+            with self._until_nobody_reads():
+                bar.close()
+
+    @contextlib.contextmanager
+    def _until_nobody_reads(self) -> Iterator[None]:
+        """A stream that can't be written to, such as the pipe of a `head` that has ended, silences the rest."""
+        try:
+            yield
+        except OSError:
+            self._silent, self._bar = True, None

@@ -1,15 +1,19 @@
 """The record of a run: metrics.jsonl and TensorBoard files."""
 
+import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
+import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import jax
+
+from dpa_jax.training.folder import writing
 
 
 class Recorder:
@@ -20,31 +24,57 @@ class Recorder:
     """
 
     def __init__(self, workdir: str | pathlib.Path, step: int) -> None:
-        """Opens the record of a run that begins, or goes on, after `step` steps, and makes the folder if need be.
+        """Opens the record of a run that begins, or goes on, after `step` steps; a whole file stays as it is.
 
-        Lines of later steps, which a killed run wrote after its last checkpoint, are removed, and so is
-        a last line that was cut off. TensorBoard is told to hide the same steps.
+        Lines of later steps, which a killed run wrote after its last checkpoint, are taken out, and so is what is no
+        record. It is kept in `metrics.discarded.jsonl`, and `note` says so. TensorBoard is told to hide the same steps.
         """
         self.workdir = pathlib.Path(workdir)
         self.history: list[dict[str, Any]] = []
-        self._writes = jax.process_index() == 0
-        if not self._writes:
-            return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._path = self.workdir / "metrics.jsonl"
-        if self._path.exists():
-            self.history = [record for record in read_history(self.workdir) if record["step"] <= step]
-            replace_file(self._path, "".join(map(_line, self.history)))
+        self.note = ""
         self._step = step
+        self._path = self.workdir / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        before = self._path.read_bytes() if self._path.exists() else b""
+        kept, others, later = [], [], 0
+        for line in _parse(self._path, before, self._step):
+            if line.record is None:
+                others.append(line.text)
+                later += line.later
+            else:
+                kept.append(line.text)
+                self.history.append(line.record)
+        if others:
+            discarded = self._path.with_name("metrics.discarded.jsonl")
+            with writing(discarded), discarded.open("ab") as file:
+                file.writelines(text + b"\n" for text in others)
+                _sync(file)
+            if later:
+                self.note = (
+                    f"note: {later} record{'s' if later > 1 else ''} after step {self._step}, where no checkpoint is, "
+                    f"moved from {self._path} to {discarded.name}; these steps are trained again"
+                )
+        if (after := b"".join(text + b"\n" for text in kept)) != before:
+            replace_file(self._path, after)
 
     @functools.cached_property
     def _tensorboard(self) -> Any:
-        # Made with the first record: a start with nothing left to do leaves no empty file.
-        from tensorboardX import SummaryWriter
+        # Made with the first record: a start with nothing left to do leaves no empty file. Not a SummaryWriter, whose
+        # thread ends where the disk is full, and whose queue then waits for it for ever.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        folder = self.workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
         # The suffix keeps apart two runs that begin in the same second, whose files would else have one name.
-        suffix = f".{self._step}.{os.getpid()}"
-        return SummaryWriter(str(self.workdir / "tensorboard"), purge_step=self._step + 1, filename_suffix=suffix)
+        writer = EventsWriter(str(folder / "events"), f".{self._step}.{os.getpid()}")
+        writer.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        return writer
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line, and returns when it is on the disk.
@@ -57,36 +87,82 @@ class Recorder:
         self.history.append(values)
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.write(_line(values))
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._path), self._path.open("a") as file:
+            file.write(json.dumps(values, allow_nan=False) + "\n")
+            _sync(file)
+        with writing(self.workdir / "tensorboard"):
+            self._write_scalars(values)
+
+    def _write_scalars(self, values: Mapping[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
-                self._tensorboard.add_scalar(name, value, values["step"])
+                event = Event(wall_time=time.time(), step=values["step"], summary=scalar(name, value))
+                self._tensorboard.write_event(event)
         self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
         if "_tensorboard" in vars(self):
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):  # `write` has told of it
+                self._tensorboard.close()
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The records in a run's folder, oldest first, without a last line that was cut off; [] if there are none."""
+    """The records in a run's folder, oldest first; [] if there are none. What is no record is warned of."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    records = []
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
+    lines = _parse(path, path.read_bytes()) if path.exists() else []
+    return [line.record for line in lines if line.record is not None]
+
+
+class _Line(NamedTuple):
+    text: bytes  # without its end
+    record: dict[str, Any] | None  # None where it does not count
+    later: bool = False  # than the run has come
+
+
+def _parse(path: pathlib.Path, text: bytes, until: int | None = None) -> list[_Line]:
+    """The lines of a record that are not blank; warns of those that are no record, or whose step does not rise."""
+    lines, last, numbered = [], -1, [*enumerate(text.split(b"\n"), start=1)]
+    for number, line in numbered:
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line)
-            record["step"] + 0
-            if line.endswith("\n"):
-                records.append(record)
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a kill can only cut the last one
-                warnings.warn(f"{path}: line {number} is no record and is dropped", RuntimeWarning, stacklevel=3)
-    return records
+            record = _record(line)
+            if until is not None and record["step"] > until:
+                lines.append(_Line(line, None, later=True))
+                continue
+            if record["step"] <= last:
+                raise ValueError(f"its step {record['step']} does not rise; the one before it is {last}")
+            last = record["step"]
+            lines.append(_Line(line, record))
+        except (ValueError, OverflowError, RecursionError) as error:
+            lines.append(_Line(line, None))
+            if number < len(numbered) or not line.startswith(b"{"):  # a kill can cut the last one only
+                warnings.warn(f"{path}: line {number} is no record ({error}) and is left out", RuntimeWarning, 4)
+    return lines
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """The record in a line; ValueError and the like say what it is instead."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(record, dict):
+        raise ValueError("not an object")
+    for name in ("step", "epoch"):
+        value = record.get(name, 0 if name == "epoch" else None)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"its {name} is {value!r:.40}, no whole number")
+    for name, value in record.items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"its {name} is {value!r:.40}, no finite number")
+    return record
 
 
 def _plain(value: Any) -> Any:
@@ -94,15 +170,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def replace_file(path: pathlib.Path, text: str) -> None:
+def replace_file(path: pathlib.Path, text: bytes) -> None:
     """Writes a file so that a kill leaves either the old one or the new one, whole."""
     new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with writing(path):
+        with new.open("wb") as file:
+            file.write(text)
+            _sync(file)
+        new.replace(path)

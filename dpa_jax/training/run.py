@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from dpa_jax.activations import reset_counters
 from dpa_jax.activations.penalties import Ratio
+from dpa_jax.checks import INT32, check_memory, check_range
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
@@ -65,9 +67,14 @@ class Run:
         self.seeds: tuple[int, ...] = (config.seed,)
 
         # ---------------- Devices ----------------
-        devices = list(devices or jax.devices())
+        devices = list(devices or _all_devices())
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+
+        here = len(mesh.local_devices)
+        for key in ("batch_size", "eval_batch_size"):
+            if config[key] % len(devices):
+                raise ValueError(f"{key} must be a positive multiple of the {len(devices)} devices, not {config[key]}")
 
         # ---------------- Data ----------------
         source = open_source(config.data)
@@ -80,18 +87,22 @@ class Run:
         # ---------------- Model ----------------
         self.model = model = create_model(config, self.spec.num_classes, **self.spec.model_options())
         wanted = _shapes_of_one(model.example_inputs)
-        for given in (
-            jax.eval_shape(transforms.train, jax.eval_shape(lambda: jax.random.key(0)), feed.abstract_batch),
-            jax.eval_shape(transforms.evaluate, self.eval_feed.abstract_batch),
-        ):
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        inputs = {
+            "batch_size": jax.eval_shape(transforms.train, key, feed.abstract_batch),
+            "eval_batch_size": jax.eval_shape(transforms.evaluate, self.eval_feed.abstract_batch),
+        }
+        for size, given in inputs.items():
             if (found := _shapes_of_one(given)) != wanted:
                 raise ValueError(
                     f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come "
                     f"as {found}. Set config.augment.image_size or the model's sizes in config.model_options."
                 )
+            self._check_memory(f"a batch of {size} {config[size]}", given, here / len(devices))
 
         # ---------------- Optimiser ----------------
         rate, steps_per_epoch = config.optimizer.learning_rate, feed.sampler.num_examples / config.batch_size
+        check_range("config", f"the steps of epochs {config.epochs}", self.total_steps, high=INT32)
         self.schedule = make_schedule(config.schedule, rate, steps_per_epoch, self.total_steps)
         optimizer = make_optimizer(config, self.schedule)
 
@@ -104,6 +115,7 @@ class Run:
         # the compiled step takes the trace over.
         train_step = jax.jit(train_step, inline=True)
         abstract_state = jax.eval_shape(lambda: create_state(model, optimizer, (), seed=0))
+        self._check_memory("the model with its optimiser, by model_options,", abstract_state, here)
         _, metrics = jax.eval_shape(train_step, self._placed(abstract_state), feed.abstract_batch)
 
         def create(seed: jax.typing.ArrayLike) -> TrainState:
@@ -111,7 +123,9 @@ class Run:
 
         def one_step(state: TrainState, batch: Batch):
             new, metrics = train_step(state.replace(metrics={}), batch)
-            averages = {name: mean + Ratio(metrics[name], jnp.ones(())) for name, mean in state.metrics.items()}
+            averages = {
+                name: mean + Ratio(metrics[name], jnp.ones((), jnp.float32)) for name, mean in state.metrics.items()
+            }
             return new.replace(metrics=averages), metrics
 
         # ---------------- All members' functions ----------------
@@ -144,9 +158,20 @@ class Run:
 
     def with_seeds(self, seeds: Sequence[int]) -> Self:
         """The same run with other seeds: the data and the compiled functions are shared."""
+        copies = len(seeds) * len(self._everywhere.mesh.local_devices)
+        self._check_memory(f"the state of {len(seeds)} seeds", self._abstract_member, copies)
         run = copy.copy(self)
         run.seeds, run.feeds = tuple(seeds), [self.feeds[0].reordered(seed) for seed in seeds]
         return run
+
+    def _check_memory(self, what: str, abstract: Any, copies: float) -> None:
+        """Raises ValueError where so many copies of a pytree are more than the host's memory, if that is the devices'.
+
+        Linux would end the process without a word. An accelerator's own memory is told by the allocator in time.
+        """
+        if self._everywhere.mesh.devices.flat[0].platform == "cpu":
+            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+            check_memory("config", what, round(copies * size))
 
     @property
     def configs(self) -> list[ConfigDict]:
@@ -240,6 +265,15 @@ class Run:
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+
+
+def _all_devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where jax has no CUDA
+        why = str(error).splitlines()[:1] or ["it is not there"]
+        platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        raise ValueError(f"no devices with JAX_PLATFORMS={platforms}: {why[0]}") from error
 
 
 def _shapes_of_one(inputs: Any) -> Any:

@@ -38,7 +38,9 @@ class TrainState(struct.PyTreeNode):
 
 
 def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> nn.Module:
-    """The configured model with the configured mechanism in it; ValueError for names and options that do not exist.
+    """The configured model with the configured mechanism in it.
+
+    ValueError for names and options that do not exist, and for options of another type or outside of their range.
 
     ``num_classes`` and ``data_options`` follow from the data (`Spec.model_options`).
     """
@@ -48,8 +50,10 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
     given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
+    # Follow from the data, and from how the run shares a batch among the devices.
+    decided = ("num_classes", "axis_name")
     check_options("config", model, config.model_options, "model_options", ("num_classes", *given))
-    check_options("config", mechanism, config.mechanism_options, "mechanism_options", ("num_classes",))
+    check_options("config", mechanism, config.mechanism_options, "mechanism_options", decided)
     options = dict(config.mechanism_options)
     if "num_classes" in inspect.signature(mechanism).parameters:
         options["num_classes"] = num_classes

@@ -116,13 +116,14 @@ def make_eval_step(
 
 
 def _top1(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0)
+    numbers = ~jnp.any(jnp.isnan(logits), axis=-1)  # argmax would take the first that is none
+    correct = (jnp.argmax(logits, axis=-1) == labels) & (labels >= 0) & numbers
     return jnp.sum(correct, dtype=jnp.float32) / jnp.maximum(jnp.sum(labels >= 0, dtype=jnp.float32), 1.0)
 
 
 def _weighted(terms: Mapping[str, jax.Array], coefficients: Mapping[str, float]) -> jax.Array:
     """The loss: cross-entropy plus every penalty times its coefficient."""
-    loss = jnp.zeros(())
+    loss = jnp.zeros((), jnp.float32)
     for name, term in terms.items():
         if name == "cross_entropy":
             loss += term

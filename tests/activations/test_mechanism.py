@@ -116,6 +116,187 @@ def test_rows_that_do_not_divide_and_labels_for_rows_are_refused():
         call(jnp.zeros(B, int), 0)
 
 
+# ---------------- samples that take no part ----------------
+
+ODD = [np.nan, np.inf, [1.0, np.nan, 1.0, -1.0, np.inf, 1.0]]
+
+
+def with_odd_samples(value):
+    """A batch with samples that are not finite, labelled and not, and the same with finite ones without a label."""
+    x, labels = batch(2)
+    labels[:6] = [1, 2, -1, 1, K, 2]
+    odd, unlabelled = x.copy(), labels.copy()
+    odd[[0, 2, 4, 8]], unlabelled[[0, 2, 4, 8]] = value, -1
+    return (odd, labels), (x, unlabelled)
+
+
+def trained_variables(act, steps=2):
+    variables = act.init(jax.random.key(0), jnp.zeros((B, C)))
+    for t in range(steps):
+        x, labels = batch(t)
+        (_, update), (_, _, state) = train_call(act, variables, x, labels)
+        variables = {**variables, **state}
+        if "backward_memory" in variables:
+            variables["backward_memory"] = optax.apply_updates(variables["backward_memory"], update)
+    return variables
+
+
+@pytest.mark.parametrize("value", ODD, ids=["nan", "inf", "some"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_sample_that_is_not_finite_takes_no_part(name, value):
+    """Not in the memories, the penalties and their gradients: it is as if it had no label."""
+    act = MECHANISMS[name](pool="none")
+    variables = trained_variables(act)
+    (x, labels), (finite, unlabelled) = with_odd_samples(value)
+    (grad_x, update), (_, terms, state) = train_call(act, variables, x, labels)
+    (grad_finite, *expected), (_, *rest) = train_call(act, variables, finite, unlabelled)
+    chex.assert_trees_all_equal((update, terms, state), (*expected, *rest))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((update, terms, state)))
+    others = np.isfinite(x).all(axis=1)
+    np.testing.assert_array_equal(grad_x[others], grad_finite[others])
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_nor_does_it_on_other_devices_or_in_evaluation(name):
+    (x, labels), (finite, unlabelled) = with_odd_samples(np.nan)
+    act, spread = MECHANISMS[name](pool="none"), MECHANISMS[name](pool="none", axis_name="data")
+    variables = trained_variables(act)
+
+    def shares(x, labels, train):
+        def call(x, labels):
+            _, mutated = spread.apply(variables, x, labels, train=train, mutable=dpa_jax.MUTABLE)
+            return dpa_jax.penalties(mutated), {n: v for n, v in mutated.items() if n != RECORDS}
+
+        return jax.vmap(call, axis_name="data")(x.reshape(3, -1, C), labels.reshape(3, -1))
+
+    for train in (True, False):
+        found, expected = shares(x, labels, train), shares(finite, unlabelled, train)
+        chex.assert_trees_all_equal(found, expected)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_nor_does_it_in_nnx(name):
+    nnx_class = {"dpa": dpa_jax.nnx.DPA, "arr": dpa_jax.nnx.ARR, "aiec": dpa_jax.nnx.AIEC}[name]
+    options = {} if name == "arr" else {"update_interval": 1}
+    found, expected = (nnx_class(K, C, pool="none", rngs=nnx.Rngs(0), **options) for _ in range(2))
+
+    def loss_fn(act, x, labels):
+        y, records = dpa_jax.nnx.recorded(act)(x, labels, train=True)
+        return jnp.sum(jnp.sin(y)), dpa_jax.penalties(records)
+
+    calls = zip((found, expected), with_odd_samples(np.nan), strict=True)
+    values = [dpa_jax.nnx.value_and_grad(loss_fn, has_aux=True)(act, *inputs)[0][1] for act, inputs in calls]
+    chex.assert_trees_all_equal(*values)
+    states = [nnx.to_pure_dict(nnx.state(act)) for act in (found, expected)]
+    chex.assert_trees_all_equal(*states)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states))
+
+
+def test_a_gradient_that_is_no_number_has_no_sign():
+    act = dpa_jax.DPA(K, update_interval=1, momentum=0.5, pool="none")
+    variables = dict(act.init(jax.random.key(0), jnp.ones((2, C))))
+    variables["backward_memory"] = {"mean": jnp.ones((K, C))}
+
+    def loss_fn(backward_memory):
+        learned = {**variables, "backward_memory": backward_memory}
+        y, _ = act.apply(learned, jnp.ones((2, C)), jnp.array([1, 2]), train=True, mutable=dpa_jax.MUTABLE)
+        return jnp.sum(y * jnp.array([np.nan, -3.0])[:, None])
+
+    update = jax.grad(loss_fn)(variables["backward_memory"])
+    rows = optax.apply_updates(variables["backward_memory"], update)["mean"][:, 0]
+    np.testing.assert_array_equal(rows, [1.0, 0.5, 0.0, 1.0])
+
+
+# ---------------- dtypes and shapes ----------------
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_labels_of_narrow_and_wide_integers(name):
+    """Labels that wrap around would be other classes."""
+    act = {"dpa": dpa_jax.DPA, "arr": dpa_jax.ARR, "aiec": dpa_jax.AIEC}[name](200, pool="none")
+    x, variables = batch(0)[0][:4], act.init(jax.random.key(0), jnp.zeros((4, C)))
+    call = lambda labels: act.apply(variables, x, labels, True, mutable=dpa_jax.MUTABLE)[1]  # noqa: E731
+    expected = call(np.array([3, -1, 127, 3], np.int32))
+    chex.assert_trees_all_equal(call(np.array([3, -1, 127, 3], np.int8)), expected)
+    chex.assert_trees_all_equal(call(np.array([3, 255, 127, 3], np.uint8)), expected)
+    far = call(np.array([3, 2**32, 127, 3]))
+    chex.assert_trees_all_equal(
+        *({n: v for n, v in found.items() if n != RECORDS} for found in (far, expected)),
+    )
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_inputs_that_are_not_floating_are_refused(name, dtype):
+    act = MECHANISMS[name](pool="none")
+    with pytest.raises(ValueError, match=f"{type(act).__name__}: the input must be floating; got {np.dtype(dtype)}"):
+        act.init(jax.random.key(0), np.ones((B, C), dtype))
+
+
+def test_inputs_without_channels_are_refused():
+    for x in (jnp.float32(1), jnp.zeros((B, 0))):
+        with pytest.raises(ValueError, match="must have an axis of channels"):
+            dpa_jax.DPA(K, pool="none").init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize(("shape", "rows"), [((0, C), 1), ((0, 3, C), 1), ((0, 3, C), 2)])
+def test_an_empty_batch_changes_nothing(name, shape, rows):
+    act = MECHANISMS[name](pool="auto")
+    variables = act.init(jax.random.key(0), jnp.zeros(shape), rows_per_sample=rows)
+    _, mutated = act.apply(
+        variables, jnp.zeros(shape), np.zeros(0, int), True, rows_per_sample=rows, mutable=dpa_jax.MUTABLE
+    )
+    assert set(map(float, dpa_jax.penalties(mutated).values())) == {0.0}
+    for collection in mutated.keys() - {RECORDS}:
+        chex.assert_trees_all_equal(mutated[collection], variables[collection])
+
+
+# ---------------- settings and memories that do not fit ----------------
+
+
+@pytest.mark.parametrize("value", [2.5, 5.0, True, "5", float("nan"), 2**31])
+@pytest.mark.parametrize("mechanism", [dpa_jax.DPA, dpa_jax.ARR, dpa_jax.AIEC])
+@pytest.mark.parametrize("setting", ["num_classes", "update_interval"])
+def test_counts_are_whole_numbers(mechanism, setting, value):
+    with pytest.raises(ValueError, match=f"{mechanism.__name__}: {setting} must be"):
+        mechanism(**{"num_classes": K, setting: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    act = dpa_jax.DPA(np.int64(K), momentum=np.float64(0.5), update_interval=np.int32(2))
+    assert (type(act.num_classes), type(act.momentum), type(act.update_interval)) == (int, float, int)
+
+
+def test_training_needs_memories_that_are_mutable():
+    act, (x, labels) = dpa_jax.ARR(K, pool="none"), batch(0)
+    variables = act.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="ARR '': training updates 'response_memory', which is not mutable"):
+        act.apply(variables, x, labels, train=True)
+
+
+def test_memories_of_another_kind_are_refused_and_wider_ones_narrowed():
+    act, (x, labels) = dpa_jax.ARR(K, pool="none"), batch(0)
+
+    def call(**memory):
+        return act.apply({"response_memory": memory}, x, labels, True, mutable=dpa_jax.MUTABLE)[1]["response_memory"]
+
+    with pytest.raises(ValueError, match="ARR: the memory count must be int32; the one given is float"):
+        call(mean=np.zeros((K, C)), count=np.zeros(K))
+    new = call(mean=np.zeros((K, C), np.float64), count=np.zeros(K, np.int64))
+    assert (new["mean"].dtype, new["count"].dtype) == (jnp.float32, jnp.int32)
+
+
+def test_penalties_of_something_else_are_refused():
+    act, (x, labels) = dpa_jax.DPA(K, pool="none"), batch(0)
+    result = act.apply(act.init(jax.random.key(0), x), x, labels, mutable=dpa_jax.MUTABLE)
+    with pytest.raises(TypeError, match=r"takes the collections that .* returned second; got a tuple"):
+        dpa_jax.penalties(result)
+    with pytest.raises(TypeError, match="reset_counters: takes variables by collection; got a NoneType"):
+        dpa_jax.reset_counters(None)
+
+
 # ---------------- variables with mutated fed back ----------------
 
 

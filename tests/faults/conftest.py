@@ -1,11 +1,12 @@
-"""The campaign's fixture, and the table at its end."""
+"""The campaign's fixture, and what its reports say for the table at the end."""
 
 import pathlib
 
 import pytest
 from hypothesis import settings
 
-from tests.faults.harness import OUTCOMES, Case
+from tests.faults.harness import Case
+from tests.faults.table import FAULT
 
 _HERE = pathlib.Path(__file__).parent
 
@@ -39,34 +40,11 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if call.when == "call" and _CASE in item.stash:
+    if call.when == "call" and not report.skipped and _CASE in item.stash:
         case, error = item.stash[_CASE], call.excinfo and call.excinfo.value
         outcome = case.outcome if error is None else getattr(error, "outcome", None)
         if outcome is None:  # an assertion of the test, or what nobody has foreseen
             outcome = "silent" if isinstance(error, AssertionError) else "traceback"
         area = item.path.stem.removeprefix("test_").replace("_", " ")
-        report.user_properties.append(("fault", (area, outcome, max(case.tried, 1), call.duration)))
+        report.user_properties.append((FAULT, (area, outcome, max(case.tried, 1), call.duration)))
     return report
-
-
-def pytest_terminal_summary(terminalreporter):
-    rows = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for name, value in getattr(report, "user_properties", ()):
-                if name == "fault" and report.when == "call":
-                    area, outcome, inputs, seconds = value
-                    row = rows.setdefault(area, dict.fromkeys(("tried", "inputs", *OUTCOMES, "seconds"), 0))
-                    row["tried"] += 1
-                    row["inputs"] += inputs
-                    row[outcome] += 1
-                    row["seconds"] += seconds
-    if rows:
-        rows = dict(sorted(rows.items()))
-        rows["all"] = {name: sum(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
-        columns = list(rows["all"])
-        terminalreporter.section("hostile cases")
-        lines = [["", *columns], ["---"] * (1 + len(columns))]
-        lines += [[area, *map(round, row.values())] for area, row in rows.items()]
-        for line in lines:
-            terminalreporter.write_line(f"| {' | '.join(map(str, line))} |")

@@ -269,6 +269,14 @@ class Case:
         return found
 
 
+def undisturbed(folder, *arguments):
+    """A case whose training nothing happened to; ``wanted`` is what it has left, its record and its states."""
+    case = Case(folder)
+    case.finished(case.train(*arguments))
+    case.wanted = case.record(), case.states()
+    return case
+
+
 def arrays_of(checkpoint):
     """{name: bytes} of the arrays in the folder of a checkpoint, whatever the model."""
     import orbax.checkpoint as ocp

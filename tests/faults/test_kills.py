@@ -101,4 +101,7 @@ def test_killed_and_started_again(case, undisturbed, number):
     if found.keys() != wanted.keys():
         case.lost(f"{kind}: {wanted.keys() ^ found.keys()}")
     for name, part in wanted.items():
-        assert found[name] == part, (kind, name)
+        if name.name == "checkpoints":  # a kill can leave an older one that would have been deleted next
+            assert found[name].items() >= part.items(), (kind, name)
+        else:
+            assert found[name] == part, (kind, name)

@@ -42,3 +42,28 @@ def test_a_place_says_how_to_pool_unless_the_mechanism_does(pool, shape):
 def test_other_activations_are_called_plainly():
     x = jnp.linspace(-1, 1, B * ROWS * N * C).reshape(B * ROWS, N, C)
     np.testing.assert_array_equal(Place(dpa_jax.activation("relu")()).apply({}, x, LABELS, True), jnp.maximum(x, 0))
+
+
+@pytest.mark.parametrize("activation", ["relu", jax.nn.relu, dpa_jax.DPA(K), dpa_jax.DPA, None])
+def test_what_makes_no_activations_is_refused(activation):
+    with pytest.raises(TypeError, match="ViT: activation must be a factory of modules, such as"):
+        dpa_jax.models.create("vit", K, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, "float33", None])
+def test_what_is_no_compute_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match="ViT: dtype must be floating; got"):
+        dpa_jax.models.create("vit", K, dtype=dtype)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_an_empty_batch_has_no_logits_and_no_statistics():
+    sizes = {"image_size": 8, "in_channels": 1}
+    vit = dpa_jax.models.create("vit", K, patch_size=4, embed_dim=8, depth=1, num_heads=1, **sizes)
+    resnet = dpa_jax.models.create("resnet", K, stage_sizes=(1,), width=2, **sizes)
+    empty = jax.ShapeDtypeStruct((0, 8, 8, 1), jnp.float32)
+    for model in (vit, resnet):
+        variables = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)
+        assert jax.eval_shape(model.apply, variables, empty).shape == (0, K)
+    with pytest.raises(ValueError, match="ResNet: an empty batch has no statistics to train with"):
+        jax.eval_shape(lambda v, x: resnet.apply(v, x, train=True, mutable=True), variables, empty)

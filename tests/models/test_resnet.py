@@ -83,6 +83,23 @@ def test_a_pool_that_was_chosen_stays():
         model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage_sizes": ()}, r"stage_sizes must be 1 to 10 numbers of blocks; got \(\)"),
+        ({"stage_sizes": "abc"}, "stage_sizes must be 1 to 10 numbers of blocks; got 'abc'"),
+        ({"stage_sizes": (2, 0)}, r"stage_sizes\[1\] must be at least 1; got 0"),
+        ({"stage_sizes": (2, 1.5)}, r"stage_sizes\[1\] must be a whole number; got 1\.5"),
+        ({"stage_sizes": (10**9,)}, r"stage_sizes\[0\] must be at most 500"),
+        ({"stage_sizes": (1,) * 10, "width": 512}, "width must be at most 128; got 512"),
+        ({"width": 0}, "width must be at least 1; got 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dpa_jax.models.create("resnet", 10, **options)
+
+
 def test_images_of_another_shape_are_refused_with_both_shapes():
     model, _ = small_run("relu")
     with pytest.raises(ValueError, match=r"images must be \[B, 8, 8, 3\]; got \(1, 9, 8, 3\)"):

@@ -372,6 +372,19 @@ def test_a_registered_model_is_known_by_name_and_takes_its_options(monkeypatch):
         ({"depth": 2.5}, "options.depth must be of type int; got 2.5"),
         ({"embed_dims": 3}, "Did you mean 'embed_dim'"),
         ({"depth": 0}, "depth must be at least 1; got 0"),
+        ({"depth": 10**9}, "depth must be at most 65536; got 1000000000"),
+        ({"patch_size": 0}, "patch_size must be at least 1; got 0"),
+        ({"num_heads": 0}, "num_heads must be at least 1; got 0"),
+        ({"embed_dim": -12}, "embed_dim must be at least 1; got -12"),
+        ({"image_size": 0}, "image_size must be at least 1; got 0"),
+        ({"in_channels": 0}, "in_channels must be at least 1; got 0"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio must be in \[0\.08"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be a finite float"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1\.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\); got -0\.1"),
+        ({"stochastic_depth": 1.0}, r"stochastic_depth must be in \[0, 1\); got 1\.0"),
+        ({"stochastic_depth": 1 - 1e-12}, r"stochastic_depth must be in \[0, 1\)"),  # 1 in float32
+        ({"scan": 3}, r"options\.scan must be bool \| None; got 3 of type int"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -78,7 +78,7 @@ def test_what_is_saved_is_restored_bit_for_bit(tmp_path):
 
 
 def test_saves_by_one_device_restore_onto_eight_and_back(tmp_path):
-    state = {"memory": jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24), "step": jnp.int32(7)}
+    state = {"memory": jnp.arange(16 * 24, dtype=jnp.float32).reshape(16, 24), "step": jnp.int32(1)}
     eight = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
     rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     with Checkpoints(tmp_path, keep=3) as checkpoints:
@@ -88,9 +88,10 @@ def test_saves_by_one_device_restore_onto_eight_and_back(tmp_path):
         assert spread["memory"].sharding == rows
         assert spread["step"].sharding == eight
         assert_equal(spread, state)
-        checkpoints.save(2, spread)
+        checkpoints.save(2, spread | {"step": spread["step"] + 1})
         step, back = checkpoints.restore(abstract(state))
-        assert step == 2
+        assert step == back.pop("step") == 2
+        state.pop("step")
         assert back["memory"].devices() == {jax.devices()[0]}
         assert_equal(back, state)
 
@@ -247,9 +248,9 @@ def test_read_only_touches_nothing(tmp_path):
     garble(tmp_path / "2" / "metrics" / "metrics", "half")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with Checkpoints(tmp_path, keep=1, read_only=True) as checkpoints:
-        assert checkpoints.best_step == 1
         with pytest.warns(RuntimeWarning, match="left where it is"):
-            step, state = checkpoints.restore(abstract(make_state()))
+            assert checkpoints.best_step == 1
+        step, state = checkpoints.restore(abstract(make_state()))
         assert step == 1
         assert_equal(state, make_state(1))
         with pytest.raises(RuntimeError, match="read-only"):
@@ -341,3 +342,130 @@ def test_the_digest_names_every_file_of_the_arrays_and_the_metrics(tmp_path):
         "eval_top1": 0.25,
         "eval_loss": 1.5,
     }
+
+
+# ---------------- What is no checkpoint ----------------
+
+
+def first_file_left_out(digest):
+    return dict(list(digest.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda digest: {}, "digest.json does not name"),
+        (lambda digest: [], "digest.json is unreadable"),
+        (first_file_left_out, "digest.json does not name"),
+        (
+            lambda digest: digest | {"../1/metrics/metrics": digest["metrics/metrics"]},
+            "../1/metrics/metrics is missing",
+        ),
+        (lambda digest: digest | {"/etc/hosts": [1, "0"]}, "/etc/hosts is missing"),
+        (lambda digest: digest | {"metrics": [1, "0"]}, "metrics is missing"),
+        (lambda digest: dict.fromkeys(digest, 3), "digest.json is unreadable"),
+        (None, "digest.json is unreadable"),
+    ],
+    ids=["empty", "list", "a file left out", "outside", "absolute", "a folder", "numbers", "nested"],
+)
+def test_a_digest_that_is_none(tmp_path, change, reason):
+    save_all(tmp_path, [1, 2], metrics={step: {"eval_top1": 0.5} for step in (1, 2)})
+    path = tmp_path / "2" / "digest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))) if change else "[" * 100_000)
+    for read_only in (True, False):
+        with (
+            pytest.warns(RuntimeWarning) as caught,
+            Checkpoints(tmp_path, keep=2, read_only=read_only) as checkpoints,
+        ):
+            step, state = checkpoints.restore(abstract(make_state()))
+        assert step == 1
+        assert_equal(state, make_state(1))
+        (warning,) = caught
+        assert reason in str(warning.message) and str(warning.message).count("\n") == 0
+
+
+def test_a_state_of_another_step_is_no_checkpoint(tmp_path):
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "2").rename(tmp_path / "30")
+    with (
+        pytest.warns(RuntimeWarning, match="checkpoint .*/30 is damaged: the state in it is that of step 2; moved to"),
+        Checkpoints(tmp_path, keep=2) as checkpoints,
+    ):
+        step, state = checkpoints.restore(abstract(make_state()))
+    assert step == 1
+    assert_equal(state, make_state(1))
+
+
+@pytest.mark.parametrize("name", ["030", "\u0663\u0660", "\u00b3", "step_30"])
+def test_a_name_in_other_digits_is_no_step(tmp_path, name):
+    save_all(tmp_path, [1])
+    subprocess.run(["cp", "-r", tmp_path / "1", tmp_path / name], check=True)
+    with (
+        pytest.warns(RuntimeWarning, match=f"{name} is damaged: it is named as no step is; it is left"),
+        Checkpoints(tmp_path, keep=2, read_only=True) as checkpoints,
+    ):
+        assert (checkpoints.latest_step, checkpoints.best_step) == (1, None)
+        checkpoints.restore(abstract(make_state()))
+    with pytest.warns(RuntimeWarning, match=f"named as no step is; moved to damaged-{name}$"):
+        save_all(tmp_path, [2])
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", f"damaged-{name}"}
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_step_that_is_no_folder_is_no_checkpoint(tmp_path, kind):
+    save_all(tmp_path, [1])
+    if kind == "file":
+        (tmp_path / "2").write_text("")
+    else:
+        (tmp_path / "2").symlink_to("1")
+    with (
+        pytest.warns(RuntimeWarning, match=f"/2 is damaged: it is a {kind}; moved to damaged-2$"),
+        Checkpoints(tmp_path, keep=2) as checkpoints,
+    ):
+        assert checkpoints.restore(abstract(make_state()))[0] == 1
+    assert (tmp_path / "1" / "digest.json").exists()
+
+
+def test_checkpoints_that_are_a_file(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    for read_only in (True, False):
+        with pytest.raises(NotADirectoryError, match="checkpoints must be a folder and is a file"):
+            Checkpoints(tmp_path / "checkpoints", keep=1, read_only=read_only)
+
+
+def test_the_best_whose_metrics_are_damaged_is_warned_of(tmp_path):
+    save_all(tmp_path, [1, 2], metrics={1: {"eval_top1": 0.8}, 2: {"eval_top1": 0.4}})
+    garble(tmp_path / "1" / "metrics" / "metrics", "flipped")
+    with (
+        pytest.warns(RuntimeWarning, match="/1 is damaged: metrics/metrics has other contents"),
+        Checkpoints(tmp_path, keep=1, read_only=True) as checkpoints,
+    ):
+        assert checkpoints.best_step == 2
+
+
+FULL = """
+import resource, sys
+import jax.numpy as jnp
+from dpa_jax.training.checkpoint import Checkpoints
+
+with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+    checkpoints.save(2, {f"memory {i}": jnp.arange(5000.0) + i for i in range(20)})
+    try:
+        checkpoints.wait()
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(error)
+"""
+
+
+def test_a_disk_that_is_full_is_told_of_in_one_line_without_tracebacks(tmp_path):
+    save_all(tmp_path, [1])
+    ended = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(
+        f"the checkpoint of step 2 could not be written to {tmp_path}: File too large. Those"
+    )
+    assert ended.stdout.count("\n") == 1
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(abstract(make_state()))[0] == 1

@@ -54,7 +54,7 @@ def stop_at(step, monkeypatch):
 
 def test_a_changed_key_that_changes_figures_is_refused_with_both_values_and_what_to_do(tmp_path):
     config = default_config()
-    write_config(config, tmp_path)
+    write_config(config, tmp_path, 48)
     assert check_unchanged(config, tmp_path) == []
     config.seed, config.optimizer.learning_rate = 3, 0.5
     with pytest.raises(ValueError) as caught:
@@ -69,7 +69,7 @@ def test_a_changed_key_that_changes_figures_is_refused_with_both_values_and_what
 @pytest.mark.parametrize("allowed", ["seed,optimizer.learning_rate", " seed , optimizer "])
 def test_what_is_allowed_to_change_is_noted(tmp_path, allowed):
     config = default_config()
-    write_config(config, tmp_path)
+    write_config(config, tmp_path, 48)
     config.seed, config.optimizer.learning_rate, config.allow_change = 3, 0.5, allowed
     assert check_unchanged(config, tmp_path) == [
         "note: optimizer.learning_rate was 0.001 and is 0.5 now",
@@ -92,13 +92,13 @@ def test_what_is_allowed_to_change_is_noted(tmp_path, allowed):
     ],
 )
 def test_what_changes_no_figure_is_noted(tmp_path, key, value):
-    write_config(tiny_config(), tmp_path)
+    write_config(tiny_config(), tmp_path, 48)
     (note,) = check_unchanged(tiny_config(**{key: value}), tmp_path)
     assert note.startswith(f"note: {key.replace('__', '.')} was ") and note.endswith(f"{value!r} now")
 
 
 def test_options_that_come_and_go_are_changes_and_younger_keys_are_none(tmp_path):
-    write_config(tiny_config(mechanism_options__tau=0.5), tmp_path)
+    write_config(tiny_config(mechanism_options__tau=0.5), tmp_path, 48)
     with pytest.raises(ValueError, match=r"mechanism_options\.tau was 0\.5 and is None now"):
         check_unchanged(tiny_config(), tmp_path)
     older = saved(tmp_path)
@@ -109,19 +109,44 @@ def test_options_that_come_and_go_are_changes_and_younger_keys_are_none(tmp_path
         check_unchanged(tiny_config(mechanism_options__tau=0.5, augment__cutmix=1.0), tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1]", "\x00"])
-def test_a_damaged_record_of_the_configuration_is_refused_and_a_missing_one_noted(tmp_path, text):
-    (note,) = check_unchanged(tiny_config(), tmp_path)
+@pytest.mark.parametrize(
+    "text", [b"{", b"", b"[1]", b"{}", b"\x00", b"\xff", b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000]
+)
+def test_a_missing_or_damaged_record_of_the_configuration_is_noted_and_kept(tmp_path, text):
+    (note,) = check_unchanged(tiny_config(), tmp_path, 48)
     assert note == f"note: {tmp_path}/config.json is missing; whether the configuration has changed is not known"
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is damaged \(.+\), so .* Remove it") as caught:
-        check_unchanged(tiny_config(), tmp_path)
-    assert "\n" not in str(caught.value)
+    for name in ("config.json", "position.json"):
+        (tmp_path / name).write_bytes(text)
+    notes = check_unchanged(tiny_config(), tmp_path, 48)
+    for note, name in zip(notes, ("config.json", "position.json"), strict=True):
+        assert note.startswith(f"note: {tmp_path}/{name} is damaged (") and note.count("\n") == 0
+        assert note.endswith("); whether the configuration has changed is not known")
+    write_config(tiny_config(), tmp_path, 48)
+    assert check_unchanged(tiny_config(), tmp_path, 48) == []
+    for name in ("config.json", "position.json"):
+        assert (tmp_path / f"damaged-{name}").read_bytes() == text
+
+
+def test_the_position_in_the_data_may_not_change_where_a_run_goes_on(tmp_path):
+    write_config(tiny_config(), tmp_path, 48)
+    changed = tiny_config(seed=3, batch_size=16, allow_change="seed,batch_size")
+    assert len(check_unchanged(changed, tmp_path)) == 2  # to evaluate
+    message = (
+        r"cannot go on: batch_size was 8 and is 16 now; seed was 0 and is 3 now; training examples was 48 and is 49"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_unchanged(changed, tmp_path, 49)
+    # Either file is enough, and older runs have config.json alone.
+    for name, known in (("position.json", "batch_size"), ("config.json", "training examples")):
+        there = (tmp_path / name).rename(tmp_path / "away")
+        with pytest.raises(ValueError, match=f"cannot go on: .*{known} was"):
+            check_unchanged(changed, tmp_path, 49)
+        there.rename(tmp_path / name)
 
 
 def test_only_process_0_writes_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    write_config(tiny_config(), tmp_path / "run")
+    write_config(tiny_config(), tmp_path / "run", 48)
     assert not (tmp_path / "run").exists()
 
 
@@ -165,15 +190,25 @@ def test_a_checkpoint_that_is_not_restored_leaves_the_saved_configuration(workdi
     assert contents(workdir) == before
 
 
-def test_another_batch_size_goes_on_from_the_same_step_where_it_is_allowed(workdir):
-    with pytest.raises(ValueError, match=r"batch_size was 8 and is 16 now; epochs was 2 and is 6 now"):
-        train_and_evaluate(cheap(batch_size=16, epochs=6), workdir)
-    last = train_and_evaluate(cheap(batch_size=16, epochs=6, allow_change="batch_size,epochs"), workdir)
-    assert (last["step"], last["epoch"]) == (18, 6)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 16}, "batch_size was 8 and is 16 now"),
+        ({"seed": 1}, "seed was 0 and is 1 now"),
+        ({"data__train_examples": 56}, "training examples was 48 and is 56 now"),
+    ],
+)
+def test_another_position_in_the_data_is_refused_even_where_it_is_allowed(workdir, change, message):
+    before = contents(workdir)
+    allowed = ",".join(["epochs", *change]).replace("__", ".")
+    with pytest.raises(ValueError, match=message):
+        train_and_evaluate(cheap(epochs=6, allow_change=allowed, **change), workdir)
+    assert contents(workdir) == before
+    assert evaluate(cheap(epochs=6, allow_change=allowed, **change), workdir)
 
 
 def test_a_run_that_never_saved_begins_anew_with_any_configuration(tmp_path):
-    write_config(cheap(seed=5), tmp_path)
+    write_config(cheap(seed=5), tmp_path, 48)
     assert train_and_evaluate(cheap(epochs=1), tmp_path)["step"] == 6
     assert saved(tmp_path)["seed"] == 0
 

@@ -96,3 +96,20 @@ def test_cross_entropy_is_float32_and_padding_has_no_gradient():
     gradient = jax.grad(lambda z: cross_entropy(z, labels, 0.1)[0])(jnp.asarray(logits))
     assert not gradient[3].any()
     assert gradient[jnp.array([0, 1, 2, 4, 5])].any(axis=1).all()
+
+
+def test_what_is_no_number_is_taken_for_no_class():
+    """A model that has diverged does not score the share of the first class."""
+    logits = jnp.array([[jnp.nan] * 3, [1.0, jnp.nan, 0.0], [2.0, 1.0, 0.0]])
+    found = jax.device_get(Classification.of(logits, jnp.array([0, 1, 0])))
+    assert (found.top1, found.top5, found.count) == (1, 1, 3)
+    assert found.taken.tolist() == [1, 0, 0]
+
+
+def test_logits_without_a_label_have_no_gradient():
+    logits = jnp.array([[jnp.nan] * 3, [2.0, 1.0, 0.0]])
+    labels = jnp.array([-1, 0])
+    (total, count), gradient = jax.value_and_grad(cross_entropy, has_aux=True)(logits, labels)
+    assert np.isfinite(total) and count == 1
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.isfinite(gradient).all()

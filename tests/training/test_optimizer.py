@@ -50,6 +50,31 @@ def test_epochs_of_a_broken_number_of_steps_begin_where_they_are_rounded_to():
     np.testing.assert_allclose(rates(multistep, 10), [1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
 
 
+@pytest.mark.parametrize("name", ["step", "multistep", "cosine"])
+def test_ten_million_epochs_are_not_listed(name, monkeypatch):
+    config = schedule_config(name, step_epochs=1000, milestones=(10, 9_999_999), gamma=0.5)
+    epochs, seen = 10**7, []
+    monkeypatch.setattr("builtins.round", lambda number, rounded=round: seen.append(number) or rounded(number))
+    schedule = make_schedule(config, 1.0, 2.5, 25_000_000)
+    assert len(seen) <= 10_001 < epochs
+    at = [0, 24, 25, 2499, 2500, 24_999_996, 24_999_999]
+    wanted = {"step": [1, 1, 1, 1, 0.5, 0, 0], "multistep": [1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]}
+    if name in wanted:
+        assert [float(schedule(step)) for step in at] == wanted[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_epochs": 1}, r"schedule\.step_epochs must be at least 10 for 10000000 epochs; got 1"),
+        ({"warmup_epochs": 10**7}, r"schedule\.warmup_epochs must be at most 1000000"),
+    ],
+)
+def test_a_rate_that_changes_too_often_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(schedule_config("step", **options), 1.0, 2.5, 25_000_000)
+
+
 def test_constant_schedule_warms_up_and_stays():
     config = schedule_config("constant", warmup_epochs=1, warmup_learning_rate=0.0)
     assert rates(make_schedule(config, 1.0, 4, 8), 8).tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]

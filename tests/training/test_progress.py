@@ -89,3 +89,28 @@ def test_other_processes_stay_silent(stream, monkeypatch):
     shown.write("checkpoint saved")
     shown.close()
     assert stream.getvalue() == ""
+
+
+def test_without_standard_error_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(progress.sys, "stderr", None)  # as Python has it where the stream is closed
+    shown = epoch(None, every=0)
+    shown.update(110, {"loss": 1.0})
+    shown.write("checkpoint saved")
+    shown.close()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_pipe_that_nobody_reads_silences_the_rest(terminal):
+    class Broken(Terminal):
+        def isatty(self):
+            return terminal
+
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    shown = epoch(Terminal(), every=0)
+    shown._stream = Broken()
+    for step in (105, 110):
+        shown.update(step, {"loss": 1.0})
+        shown.write("checkpoint saved")
+    shown.close()

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import struct
 
 import jax.numpy as jnp
@@ -60,9 +61,9 @@ def test_continuing_drops_what_came_after_the_checkpoint(tmp_path):
     recorder = Recorder(tmp_path, 20)
     assert [r["epoch"] for r in recorder.history] == [1, 2]
     assert lines(tmp_path) == recorder.history
-    recorder.write(record(3, note="again"))
+    recorder.write(record(3, note=7))
     recorder.close()
-    assert [(r["epoch"], r.get("note")) for r in lines(tmp_path)] == [(1, None), (2, None), (3, "again")]
+    assert [(r["epoch"], r.get("note")) for r in lines(tmp_path)] == [(1, None), (2, None), (3, 7)]
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
     assert starts == [1, 21]  # TensorBoard hides the first run's events from step 21 on
     shown = [e.step for e in events(tmp_path) for v in e.summary.value if v.tag == "eval_loss"]
@@ -77,12 +78,12 @@ def test_a_continued_run_has_the_same_lines_as_one_that_never_stopped(tmp_path):
     assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize("cut", [1, 20, -1])
+@pytest.mark.parametrize("cut", [1, 20, -2])
 def test_a_line_cut_by_a_kill_is_taken_away(tmp_path, cut):
     run(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_text().splitlines(keepends=True)
-    path.write_text(first + second[:cut])  # -1: all of it but the newline
+    path.write_text(first + second[:cut])
     recorder = Recorder(tmp_path, 20)
     assert path.read_text() == first
     recorder.write(record(2))
@@ -97,6 +98,93 @@ def test_a_spoiled_line_in_the_middle_is_warned_of(tmp_path):
     with pytest.warns(RuntimeWarning, match="line 1 is no record"):
         recorder = Recorder(tmp_path, 20)
     assert [r["epoch"] for r in recorder.history] == [2]
+    recorder.close()
+
+
+def test_a_whole_last_line_counts_without_its_newline(tmp_path):
+    run(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert [r["epoch"] for r in Recorder(tmp_path, 20).history] == [1, 2]
+    assert path.read_bytes() == whole
+    assert not (tmp_path / "metrics.discarded.jsonl").exists()
+
+
+def test_a_record_is_never_emptied(tmp_path):
+    run(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    recorder = Recorder(tmp_path, 0)  # the checkpoints are gone
+    assert recorder.history == []
+    assert re.fullmatch(
+        r"note: 3 records after step 0, .* moved from .*/metrics\.jsonl to metrics\.discarded\.jsonl; .*", recorder.note
+    )
+    assert (tmp_path / "metrics.discarded.jsonl").read_bytes() == before
+    run(tmp_path, [1])
+    assert Recorder(tmp_path, 10).note == ""
+    assert Recorder(tmp_path, 0).note.startswith("note: 1 record after")
+    assert (tmp_path / "metrics.discarded.jsonl").read_bytes().startswith(before)
+
+
+def test_a_whole_record_is_not_written_anew(tmp_path):
+    run(tmp_path, [1, 2])
+    before = (tmp_path / "metrics.jsonl").stat()
+    recorder = Recorder(tmp_path, 20)
+    recorder.close()
+    after = (tmp_path / "metrics.jsonl").stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert recorder.note == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"noise", "not JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[1]", "not an object"),
+        (b"{}", "its step is None"),
+        (b'{"step": "10"}', "its step is '10'"),
+        (b'{"step": true}', "its step is True"),
+        (b'{"step": -10}', "its step is -10"),
+        (b'{"step": 10.0}', "its step is 10.0"),
+        (b'{"step": 10, "epoch": "1"}', "its epoch is '1'"),
+        (b'{"step": 10, "lr": NaN}', "its lr is nan, no finite number"),
+        (b'{"step": 10, "lr": 1e999}', "its lr is inf"),
+        (b'{"step": 10, "lr": "low"}', "its lr is 'low'"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"step": 20, "epoch": 2}', "its step 20 does not rise; the one before it is 20"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_a_line_that_is_no_record_is_named_and_kept_elsewhere(tmp_path, line, reason):
+    run(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second + line + b"\n" + third)
+    with pytest.warns(RuntimeWarning) as caught:
+        recorder = Recorder(tmp_path, 30)
+    (warning,) = caught
+    assert str(warning.message).startswith(f"{path}: line 3 is no record (") and reason in str(warning.message)
+    assert [r["epoch"] for r in recorder.history] == [1, 2, 3] and recorder.note == ""
+    assert path.read_bytes() == first + second + third
+    assert (tmp_path / "metrics.discarded.jsonl").read_bytes() == line + b"\n"
+
+
+def test_a_full_disk_is_told_of_by_the_file(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    recorder = Recorder(tmp_path, 0)
+    recorder.write(record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder._tensorboard, "flush", full)
+        for epoch in range(2, 5):  # a SummaryWriter, whose thread has ended, waits for ever when its queue is full
+            with pytest.raises(OSError, match=r"tensorboard could not be written: No space left on device\."):
+                recorder.write(record(epoch))
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"metrics\.jsonl could not be written: No space left on device\."):
+        recorder.write(record(5))
     recorder.close()
 
 

@@ -16,6 +16,8 @@ from dpa_jax.data.augment.operations import OPERATIONS, apply, check_image
 # The top of timm's scale of magnitudes; with a greater `mmax` some operations exceed it.
 MAX_LEVEL = 10.0
 _CHANCE_OF_BICUBIC = {"bilinear": 0.0, "bicubic": 1.0, "random": 0.5}
+# mstd may be anything.
+_HIGHEST = {"m": 100, "n": 100, "mmax": 100, "inc": 1, "p": 1}
 # A name and a number, which is whole for some of the names.
 _SECTION = re.compile(r"((?:m|n|mmax|inc)(?!.*\.)|mstd|p)(\d+(?:\.\d+)?|(?<=mstd)inf)")
 
@@ -35,14 +37,15 @@ class Policy:
 def parse_policy(text: str) -> Policy:
     """Reads timm's grammar: `rand`, then `mM`, `mstdS`, `mmaxX`, `nN`, `pP`, `incI` in any order, all optional.
 
-    Anything else raises ValueError, also timm's weighted choice of operations, `t`.
+    Anything else raises ValueError, also timm's weighted choice of operations, `t`, and numbers over 100.
     """
     head, *sections = text.split("-")
     values = {match[1]: float(match[2]) for match in map(_SECTION.fullmatch, sections) if match}
-    if head != "rand" or len(values) < len(sections) or values.get("p", 0.0) > 1:
+    too_high = any(value > _HIGHEST.get(name, value) for name, value in values.items())
+    if head != "rand" or len(values) < len(sections) or too_high:
         raise ValueError(
-            f"{text!r} is no RandAugment policy; one is rand-m9-mstd0.5-inc1: 'rand', and any of mM, nN, mmaxX, "
-            "inc0 or inc1 (whole numbers), mstdS and pP, each once"
+            f"rand_augment: {text!r} is no RandAugment policy; one is rand-m9-mstd0.5-inc1: 'rand', and any of mM, nN, "
+            "mmaxX, inc0 or inc1 (whole numbers, up to 100), mstdS and pP (a probability), each once"
         )
     return Policy(
         magnitude=values.get("m", MAX_LEVEL),

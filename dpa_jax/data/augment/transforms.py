@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from dpa_jax.checks import check_memory
 from dpa_jax.data.augment.color import color_jitter
 from dpa_jax.data.augment.crop import center_crop, random_crop, random_erasing, random_flip, random_resized_crop
 from dpa_jax.data.augment.policy import parse_policy, rand_augment
@@ -24,6 +25,25 @@ def normalize(image: jax.Array, mean: Sequence[float], std: Sequence[float]) -> 
     """Turns a uint8 image [H, W, C] into float32, scaled to [0, 1] and then standardised by channel."""
     mean_1x1xC, std_1x1xC = (jnp.array(values, jnp.float32)[None, None] for values in (mean, std))
     return (image.astype(jnp.float32) / 255 - mean_1x1xC) / std_1x1xC
+
+
+def _check_sizes(config: ConfigDict, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where the part `augment` of a configuration does not suit images of this shape, [H, W, C]."""
+    shorter = min(shape[:2])
+    if config.crop == "pad" and config.padding >= shorter:
+        raise ValueError(
+            f"config: augment.padding must be less than the images' shorter side, {shorter}; got {config.padding}"
+        )
+    if config.eval_resize and not config.image_size and config.eval_resize < shape[0]:
+        raise ValueError(
+            f"config: augment.eval_resize must be 0 or at least the {shape[0]} pixels that are cut out of it, where "
+            f"augment.image_size is 0; got {config.eval_resize}"
+        )
+    if shape[2] not in (1, 3) and (config.rand_augment or any(config.color_jitter)):
+        name = "rand_augment" if config.rand_augment else "color_jitter"
+        raise ValueError(f"config: augment.{name} needs images of 1 or 3 channels; these have {shape[2]}")
+    if shape[2] != 3 and any(config.color_jitter[3:]):
+        raise ValueError("config: augment.color_jitter changes the hue of colour images only, of 3 channels")
 
 
 def train_transform(
@@ -65,6 +85,7 @@ def train_transform(
         operations.append(lambda key, image: random_erasing(key, image, config.erase))
 
     def transform(key: jax.Array, example: Batch) -> jax.Array:
+        _check_sizes(config, example.inputs.shape)
         key = jax.random.fold_in(jax.random.fold_in(key, example.epoch), example.index)
         image = example.inputs
         for place, operation in enumerate(operations):
@@ -87,4 +108,10 @@ def eval_transform(config: ConfigDict, mean: Sequence[float], std: Sequence[floa
             image = center_crop(resize(image, (height, width)), config.image_size or image.shape[0])
         return normalize(image, mean, std)
 
-    return jax.vmap(one)
+    def transform(images: jax.Array) -> jax.Array:
+        _check_sizes(config, images.shape[1:])
+        size = images.size // min(images.shape[1:3]) ** 2 * config.eval_resize**2 * 4  # int32 while it is resized
+        check_memory("config", f"a batch of {len(images)} images by augment.eval_resize {config.eval_resize}", size)
+        return jax.vmap(one)(images)
+
+    return transform

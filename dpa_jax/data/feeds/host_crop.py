@@ -12,6 +12,8 @@ from dpa_jax.data.boxes import BOX_DRAWS, box_from_draws
 
 DRAWS = BOX_DRAWS + 1  # and one for the interpolation
 
+_LONGEST = 64  # times the shorter side; longer images are cut before they are resized
+
 _METHODS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -69,6 +71,9 @@ class EvalCrop:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Cuts an image uint8 [H, W, 3] to uint8 [size, size, 3]."""
         shorter = min(image.shape[:2])
+        # The ends of a very long image are cut off first: resized it might not fit into memory.
+        top, left = (max(0, side - _LONGEST * shorter) // 2 for side in image.shape[:2])
+        image = image[top : top + _LONGEST * shorter, left : left + _LONGEST * shorter]
         height, width = (self.resize * side // shorter for side in image.shape[:2])
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)

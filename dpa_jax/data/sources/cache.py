@@ -19,29 +19,32 @@ _TICK = 2 * 10**9
 
 
 def remembered(key: str, compute: Callable[[], Any], watched: Callable[[Any], Iterable[pathlib.Path]]) -> Any:
-    """The result of `compute`, or of the last time while the files and folders `watched(result)` are not modified.
+    """The result of `compute`, or of the last time while the files and folders `watched(result)` are the same.
 
-    The key holds all that decides the result, which is as JSON has it. A file in the cache folder that is damaged, or
-    cannot be written, costs time and nothing else.
+    That is, while each has the size and the modification time that it had. The key holds all else that decides the
+    result, which is as JSON has it. A file in the cache folder that is damaged, or cannot be written, costs time and
+    nothing else: its first line is the sum of the rest.
     """
     file = _file(key, ".json")
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        stored = json.loads(file.read_text())
-        if stored["key"] == key and stored["modified"] == _modified(watched(stored["result"])):
+        digest, _, content = file.read_bytes().partition(b"\n")
+        stored = json.loads(content) if digest.decode() == _sum(content) else {}
+        if stored["key"] == key and stored["files"] == _facts(watched(stored["result"])):
             return stored["result"]
+    before = time.time_ns()
     result = compute()
     with contextlib.suppress(OSError):
-        modified = _modified(watched(result))
-        if max(modified) < time.time_ns() - _TICK:
-            content = json.dumps({"key": key, "modified": modified, "result": result})
-            write_whole(file, lambda part: part.write_text(content))
+        facts = _facts(watched(result))
+        if max(modified for _, modified in facts) < before - _TICK:
+            content = json.dumps({"key": key, "files": facts, "result": result}).encode()
+            write_whole(file, lambda part: part.write_bytes(f"{_sum(content)}\n".encode() + content))
     return result
 
 
 def converted(paths: Iterable[str], convert: Callable[[pathlib.Path], Any], suffix: str) -> pathlib.Path:
     """A file in the cache folder that `convert` makes of others, anew where one has another size or time."""
-    about = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    file = _file(json.dumps(about), suffix)
+    paths = list(paths)
+    file = _file(json.dumps([paths, _facts(map(pathlib.Path, paths))]), suffix)
     if not file.exists():
         try:
             write_whole(file, convert)
@@ -52,11 +55,16 @@ def converted(paths: Iterable[str], convert: Callable[[pathlib.Path], Any], suff
 
 def _file(key: str, suffix: str) -> pathlib.Path:
     folder = platformdirs.user_cache_path("dpa_jax", appauthor=False)
-    return folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}{suffix}"
+    return folder / f"{_sum(os.fsencode(key))[:32]}{suffix}"
 
 
-def _modified(paths: Iterable[pathlib.Path]) -> list[int]:
-    return [path.stat().st_mtime_ns for path in paths]
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _facts(paths: Iterable[pathlib.Path]) -> list[list[int]]:
+    """Size and modification time, in nanoseconds, of each."""
+    return [[found.st_size, found.st_mtime_ns] for found in map(os.stat, paths)]
 
 
 def write_whole(goal: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:

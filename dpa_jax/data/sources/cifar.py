@@ -23,7 +23,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dpa_jax.data.images import STATISTICS, image_spec
-from dpa_jax.data.sources import cache
+from dpa_jax.data.sources import cache, reading
 from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.sources.base import Source
 from dpa_jax.data.splits import ArraySplit, Split
@@ -109,7 +109,7 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split
       OSError: the download failed.
     """
     places = [directory] if directory else ["data", "~/data", "~/tensorflow_datasets"]
-    roots = [pathlib.Path(place).expanduser() for place in places]
+    roots = [reading.folder_path(place) for place in places]
     if folder := _find(roots, archive.folder, lambda path: not _first_missing(archive, path)):
         return _read_folder(archive, folder)
     if packed := _find(roots, archive.filename, pathlib.Path.is_file):
@@ -118,7 +118,7 @@ def load(archive: Archive, directory: str, download: bool) -> tuple[Split, Split
         return prepared.open_prepared(archive.name, archive.name, folder).load()
     if download:
         return _read_folder(archive, extract(archive, fetch(archive, roots[0])))
-    looked_in = "\n".join(f"  {root.absolute()}" for root in roots)
+    looked_in = "\n".join(f"  {root}" for root in roots)
     raise FileNotFoundError(
         f"{archive.name} was not found. Looked for {archive.filename}, the folder {archive.folder} with "
         f"{', '.join([*archive.train, *archive.test])}, and a TFDS folder {archive.name}/VERSION prepared as "

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpa_jax.data.images import EncodedSplit, image_spec
-from dpa_jax.data.sources import cache
+from dpa_jax.data.sources import cache, reading
 from dpa_jax.data.sources.base import Source
 
 LAYOUT = "DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or test for val), the images JPEG or PNG"
@@ -40,17 +40,17 @@ class FolderSplit(EncodedSplit):
 
     def open(self, i: int) -> BinaryIO:
         """The file of image i."""
-        return open(self.where(i), "rb")
+        return reading.open_plain(self.where(i))
 
 
 def open_folder(data: ConfigDict) -> Source:
     """A folder with `train/CLASS/IMAGE` and `val/CLASS/IMAGE`, or `test` where there is no `val`.
 
-    Images are JPEG or PNG by their names' endings; names that begin with a dot are left out. The classes have the
-    labels 0, 1, ... in the order of their names. The list of files is remembered until a folder changes. `dir` is the
-    folder, `data/NAME` where it is empty.
+    Images are JPEG or PNG by their names' endings; names that begin with a dot are left out, and so are folders, pipes,
+    sockets and devices. The classes have the labels 0, 1, ... in the order of their names. The list of files is
+    remembered until a folder changes. `dir` is the folder, `data/NAME` where it is empty.
     """
-    root = pathlib.Path(data.dir or f"data/{data.name}").expanduser().absolute()
+    root = reading.folder_path(data.dir or f"data/{data.name}")
     if not root.is_dir():
         get = _GET.get(data.name, "")
         raise FileNotFoundError(
@@ -82,10 +82,20 @@ def _files(folder: pathlib.Path) -> dict[str, list[str]]:
     def look() -> dict[str, list[str]]:
         with os.scandir(folder) as entries:
             classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        return {name: sorted(filter(_IMAGE.fullmatch, os.listdir(folder / name))) for name in classes}
+        return {name: _images(folder / name) for name in classes}
 
     files = cache.remembered(f"folder {folder}", look, lambda files: [folder, *(folder / name for name in files)])
     empty = [name for name, images in files.items() if not images]
     if empty or not files:
         raise ValueError(f"there are no images in {folder / empty[0] if empty else folder}; wanted is {LAYOUT}")
     return files
+
+
+def _images(folder: pathlib.Path) -> list[str]:
+    """The names of the images in a class's folder, sorted; what is no plain file, nor a link to one, is no image."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if _IMAGE.fullmatch(entry.name)]
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise FileNotFoundError(f"{entry.path} is a link to nothing: mend or remove it")
+    return sorted(entry.name for entry in found if entry.is_file())

@@ -38,6 +38,10 @@ def test_timms_grammar_is_read(text, expected):
         "rand-m9-m8",
         "rand-tweights",
         "rand-p2",
+        "rand-inc2",
+        "rand-m101",
+        "rand-n1000000000",
+        "rand-n" + 400 * "9",
         "rand-m-1",
     ],
 )

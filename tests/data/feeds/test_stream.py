@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from concurrent.futures.process import BrokenProcessPool
 
 import jax
@@ -276,6 +277,21 @@ def test_an_evaluation_cut_is_the_middle_of_the_resized_image():
     assert np.array_equal(EvalCrop(16, 20)(wide.swapaxes(0, 1)), wide.swapaxes(0, 1)[8:24, 2:18])
     assert EvalCrop(16, 16)(picture(17, 500)).shape == (16, 16, 3)
     assert EvalCrop(16, 16)(picture(3, 5)).shape == (16, 16, 3)
+
+
+def test_a_very_long_image_is_cut_before_it_is_resized():
+    long = picture(1, 60_000)
+    middle = np.array(Image.fromarray(long).resize((8 * 60_000, 8), Image.Resampling.BILINEAR))[:, 239_996:240_004]
+    tracemalloc.start()
+    cut, upright = EvalCrop(8, 8)(long), EvalCrop(8, 8)(long.swapaxes(0, 1))
+    EvalCrop(224, 256)(long)  # 256 x 15,360,000 pixels, resized whole
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(cut, middle) and np.array_equal(upright, middle.swapaxes(0, 1)) and peak < 2**24
+    # As before up to 64 times as long: resized whole, then cut.
+    whole = picture(3, 192)
+    resized = Image.fromarray(whole).resize((10 * 64, 10), Image.Resampling.BILINEAR)
+    assert np.array_equal(EvalCrop(8, 10)(whole), np.asarray(resized)[1:9, 316:324])
 
 
 # ---------------- Evaluation and corrupt images ----------------

@@ -1,7 +1,9 @@
+import contextlib
 import io
 import json
 import os
 import pickle
+import socket
 
 import numpy as np
 import pytest
@@ -116,13 +118,43 @@ def test_folders_are_sources(tmp_path, monkeypatch, name):
     assert ("https://www.image-net.org" in str(error.value)) == (name != "folder")
 
 
+def test_what_is_no_plain_file_is_no_image(tmp_path):
+    root = make_tree(tmp_path / "set")
+    os.mkfifo(root / "train/ant/a-pipe.png")
+    (root / "train/ant/a-folder.png").mkdir()
+    os.symlink("/dev/zero", root / "train/ant/a-device.png")
+    os.symlink(root / "train/bee/1.png", root / "train/ant/a-link.png")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root / "train/ant"):
+        listener.bind("a-socket.png")
+    train = loaded(root)[0]
+    assert [os.path.basename(train.where(i)) for i in range(4)] == ["a-link.png", "a.png", "b.jpg", "c.jpeg"]
+    assert np.array_equal(train.read(0), train.read(4))
+    os.unlink(root / "train/bee/1.png")
+    os.mkfifo(root / "train/bee/1.png")  # after it was listed: opening it must not wait for a writer
+    for i in (0, 4):
+        with pytest.raises(OSError, match=r"\.png is not a plain file but a pipe or a device"):
+            train.read(i)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    root = make_tree(tmp_path)
+    os.symlink("nowhere", root / "train/ant/link.png")
+    with pytest.raises(FileNotFoundError, match=r"train/ant/link\.png is a link to nothing"):
+        loaded(root)
+
+
+def test_a_home_that_is_unknown_is_told():
+    with pytest.raises(ValueError, match=r"^data\.dir: there is no home folder for ~nobody-here/x$"):
+        opened("~nobody-here/x")
+
+
 # ---------------- The remembered index ----------------
 
 
 def count_looks(monkeypatch):
     looks = []
-    listdir = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: looks.append(path) or listdir(path))
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looks.append(path) or scandir(path))
     return looks
 
 
@@ -162,11 +194,22 @@ def test_a_damaged_index_is_made_again(tmp_path, monkeypatch, cache_folder, dama
     make_old(root)
     names = loaded(root)[2]
     for file in cache_folder.iterdir():
-        stored = json.loads(file.read_text())
-        file.write_text(damage or json.dumps({**stored, "result": 7}))
+        digest, content = file.read_text().split("\n")
+        file.write_text(damage or f"{digest}\n{json.dumps({**json.loads(content), 'result': 7})}")
     assert loaded(root)[2] == names
     looks = count_looks(monkeypatch)
     assert loaded(root)[2] == names and looks == []
+
+
+def test_an_index_in_which_a_letter_has_changed_is_made_again(tmp_path, cache_folder):
+    root = make_tree(tmp_path / "set")
+    make_old(root)
+    names = loaded(root)[2]
+    for file in cache_folder.iterdir():
+        assert file.read_text().count("a.png") == 1
+        file.write_text(file.read_text().replace("a.png", "x.png"))
+    train, _, again = loaded(root)
+    assert again == names and os.path.basename(train.where(0)) == "a.png"
 
 
 def test_an_index_that_cannot_be_kept_costs_nothing_but_time(tmp_path, monkeypatch):
@@ -234,8 +277,12 @@ def test_every_kind_of_jpeg_is_decoded(image):
         (encoded(COLOUR.resize((99, 99)), "JPEG")[:-60], "truncated"),
         (encoded(COLOUR, "PNG")[:-60], "(?i:truncated)"),
         (encoded(Image.new("1", (20000, 20000)), "PNG"), "decompression bomb"),
+        (
+            encoded(Image.new("1", (9500, 9500)), "PNG"),
+            "9500 x 9500 pixels are more than 89478485|exceeds limit of 89478485",
+        ),
     ],
-    ids=["empty", "text", "GIF", "short JPEG", "short PNG", "bomb"],
+    ids=["empty", "text", "GIF", "short JPEG", "short PNG", "bomb", "half a bomb"],
 )
 def test_a_corrupt_image_is_named(tmp_path, content, reason):
     make_tree(tmp_path, {"ant": ["a.png", "b.png"]})

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import pathlib
 import pickle
 
@@ -135,3 +136,150 @@ def test_what_is_wrong_is_named(tmp_path):
     write(tmp_path / "train-0.parquet", range(5), {"fine": FEATURES["fine"]})
     with pytest.raises(ValueError, match="one column of type Image and one of type ClassLabel"):
         opened(tmp_path)
+
+
+# ---------------- What nobody should trust ----------------
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_labels(path, labels, names=("a", "b", "c"), about=None, type=None):
+    """A file of one black image a label; `about` is its metadata where that is not the right one."""
+    features = {"img": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    about = json.dumps({"info": {"features": features}}) if about is None else about
+    images = [{"bytes": png(IMAGES[0]), "path": None}] * len(labels)
+    table = pa.table({"img": pa.array(images, IMAGE), "label": pa.array(labels, type)})
+    path.parent.mkdir(exist_ok=True, parents=True)
+    pa.parquet.write_table(table.replace_schema_metadata({"huggingface": about}), path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 2**32], "row 1 of the column 'label' is 4294967296, not one of its 3 classes, 0 to 2$"),
+        ([0, -(2**32)], "row 1 .* is -4294967296, not one"),
+        ([0, 3], "row 1 .* is 3, not one"),
+        ([-1, 0], "row 0 .* is -1, not one"),
+        ([0, None], "row 1 of 'label' is missing"),
+        ([0.0, 1.5], r"must be one of integers, not \[DataType\(double\)\]"),
+        ([True, False], "must be one of integers"),
+        (["a", "b"], "must be one of integers"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_that_are_no_classes_are_refused(tmp_path, split, labels, message):
+    for name in ("train", "test"):
+        write_labels(tmp_path / f"{name}-0.parquet", [0, 1, 2])
+    write_labels(tmp_path / f"{split}-1.parquet", labels)
+    with pytest.raises(ValueError, match=rf"{split}-1\.parquet.*{message}"):
+        opened(tmp_path)
+
+
+def test_the_greatest_label_is_no_missing_one(tmp_path):
+    write_labels(tmp_path / "test-0.parquet", [0])
+    write_labels(tmp_path / "train-0.parquet", [2**64 - 1, 2**64 - 1], type=pa.uint64())
+    with pytest.raises(ValueError, match=r"row 0 .* is 18446744073709551615, not one"):
+        opened(tmp_path)
+
+
+def test_a_file_with_another_order_of_classes_is_refused(tmp_path):
+    write_labels(tmp_path / "test-0.parquet", [0])
+    write_labels(tmp_path / "train-0.parquet", [0, 1])
+    write_labels(tmp_path / "train-1.parquet", [0, 1], names=("b", "a", "c"))
+    with pytest.raises(ValueError, match=r"train-1\.parquet has other columns or classes than .*train-0\.parquet"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[]",
+        "\xff",
+        "[" * 100_000,
+        '{"info": []}',
+        '{"info": {"features": []}}',
+        '{"info": {"features": {"img": 1, "label": null}}}',
+        '{"info": {"features": {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel"}}}}',
+        '{"info": {"features": {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": []}}}}',
+        '{"info": {"features": {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": [1, 2]}}}}',
+        '{"info": {"features": {"label": {"_type": "Image"}}}}',
+        '{"info": {"features": {"none": {"_type": "Image"}}}}',
+        '{"info": {"features": {"img": {"_type": "Image"}, "none": {"_type": "ClassLabel", "names": ["a"]}}}}',
+    ],
+)
+def test_malformed_metadata_is_told_in_one_line(tmp_path, about):
+    for name in ("train", "test"):
+        write_labels(tmp_path / f"{name}-0.parquet", [0, 1], about=about)
+    with pytest.raises(ValueError, match=r"train-0\.parquet") as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda b: b[:-9], lambda b: b[:4] + b[40:], lambda _: b"PAR1" * 9])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    for name in ("train-0", "train-1", "test-0"):
+        write_labels(tmp_path / f"{name}.parquet", [0, 1])
+    file = tmp_path / "train-1.parquet"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{file} cannot be read: .* Get it anew$"):
+        opened(tmp_path).load()
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path):
+    write_labels(tmp_path / "test-0.parquet", [0])
+    os.mkfifo(tmp_path / "train-0.parquet")
+    with pytest.raises(OSError, match=r"train-0\.parquet is not a plain file"):
+        opened(tmp_path)
+    os.unlink(tmp_path / "train-0.parquet")
+    write_labels(tmp_path / "train-0.parquet/inside.parquet", [0])
+    with pytest.raises(OSError, match=r"Is a directory: .*train-0\.parquet"):
+        opened(tmp_path)
+
+
+def test_a_file_that_is_missing_is_told_by_the_numbers_of_the_others(tmp_path):
+    write_labels(tmp_path / "test-0.parquet", [0])
+    for i in (0, 2):
+        write_labels(tmp_path / f"train-0000{i}-of-00003-abc.parquet", [0])
+    with pytest.raises(ValueError, match="one file is missing, or one too many, of train-00000-of-00003-abc"):
+        opened(tmp_path)
+    write_labels(tmp_path / "train-00001-of-00003-abc.parquet", [0])
+    assert opened(tmp_path).spec.train_examples == 3
+
+
+def test_a_folder_whose_name_says_something_is_a_folder(tmp_path):
+    for name in ("train", "test"):
+        write_labels(tmp_path / f"label=2/{name}-0.parquet", [0, 1])
+    assert opened(tmp_path / "label=2").load()[0].labels.tolist() == [0, 1]
+
+
+def test_a_set_without_held_out_rows_is_refused_at_once(tmp_path):
+    write_labels(tmp_path / "train-0.parquet", [0, 1])
+    write_labels(tmp_path / "test-0.parquet", [], type=pa.int64())
+    with pytest.raises(FileNotFoundError, match=r"no test or validation-\*\.parquet with labels in"):
+        opened(tmp_path)
+
+
+def test_an_image_of_which_there_is_the_path_alone_is_named(tmp_path):
+    for name in ("train", "test"):
+        write_labels(tmp_path / f"{name}-0.parquet", [0, 1])
+    file = tmp_path / "train-0.parquet"
+    table = pa.parquet.read_table(file)
+    paths = pa.array([{"bytes": None, "path": "x.png"}] * 2, IMAGE)
+    pa.parquet.write_table(table.set_column(0, "img", paths), file)
+    with pytest.raises(CorruptImageError, match=r"row 0 of .*train-0\.parquet .*: the file has its path alone"):
+        opened(tmp_path).load()[0].read(0)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 400])
+def test_a_damaged_copy_is_named(tmp_path, cache_folder, keep):
+    for name in ("train", "test"):
+        write_labels(tmp_path / f"{name}-0.parquet", [0, 1])
+    opened(tmp_path).load()
+    for copy in cache_folder.iterdir():
+        copy.write_bytes(copy.read_bytes()[:keep])
+    with pytest.raises(
+        ValueError, match=rf"{cache_folder}/\w+\.arrow cannot be read: .*\. Delete it, it is made again$"
+    ):
+        opened(tmp_path).load()

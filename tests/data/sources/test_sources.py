@@ -151,6 +151,8 @@ def test_a_description_that_contradicts_itself_is_refused():
         image_spec("set", (2, 2, 1), ("a",), 3, 3, mean=(0.5, 0.5), std=(0.5,))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         Spec("set", ArraySpec((2,), np.dtype(np.uint8)), 3, ("a", "b"), 1, 1)
+    with pytest.raises(ValueError, match=r"set: there are no examples in the split 'test'"):
+        image_spec("set", (2, 2, 1), ("a",), 3, 0, mean=(0.5,), std=(0.5,))
     for shape in ((2, 2), (0, 2, 1)):
         with pytest.raises(ValueError, match=r"images must be uint8 \[H, W, C\] with no side 0, not uint8 \["):
             image_spec("set", shape, ("a",), 1, 1)

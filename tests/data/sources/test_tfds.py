@@ -1,7 +1,13 @@
 import dataclasses
+import functools
 import importlib.util
 import io
+import json
+import operator
+import os
 import pickle
+import shutil
+import subprocess
 import sys
 import types
 
@@ -14,7 +20,7 @@ from PIL import Image
 from dpa_jax.config import default_config
 from dpa_jax.data.images import CorruptImageError
 from dpa_jax.data.sources import cifar as archives
-from dpa_jax.data.sources import open_source
+from dpa_jax.data.sources import open_source, tf_example
 from dpa_jax.data.sources import tfds as prepared
 from dpa_jax.data.splits import ArraySplit
 
@@ -29,7 +35,7 @@ def _cache(tmp_path, monkeypatch):
 
 def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image.squeeze()).save(file, "PNG")
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -169,24 +175,28 @@ def test_other_features_are_refused(tmp_path):
 
 
 def test_tfds_prepares_where_tensorflow_is(tmp_path, monkeypatch):
-    def builder(name, data_dir, file_format):
-        assert (name, data_dir, file_format) == ("small", tmp_path, "array_record")
+    def builder(config, data_dir, file_format):
+        assert (config, data_dir, file_format) == (None, tmp_path, "array_record")
         return types.SimpleNamespace(download_and_prepare=lambda: prepare(data_dir))
 
-    monkeypatch.setattr(tfds, "builder", builder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorflow")
+    with pytest.raises(ValueError, match=r"^data\.name: TFDS has no set 'small'$"):
+        load("tfds:small", tmp_path, download=True)
+    monkeypatch.setattr(tfds, "builder_cls", {"small": builder}.get)
     assert len(load("tfds:small", tmp_path, download=True)[0]) == 5
 
 
-def test_labels_are_read_once(tmp_path, monkeypatch):
-    import os
-
+def test_labels_are_read_once_while_the_files_are_the_same(tmp_path, monkeypatch):
     folder, _ = prepare(tmp_path, shape=(None, None, 3))
-    os.utime(folder, (1, 1))
-    os.utime(folder / "dataset_info.json", (1, 1))
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
     first = load("tfds:small", tmp_path)[0].labels
     monkeypatch.setattr(prepared.PreparedSplit, "label", lambda split, i: 0)
     assert np.array_equal(load("tfds:small", tmp_path)[0].labels, first) and first.any()
+    records = folder / "small-train.array_record-00000-of-00001"
+    records.write_bytes(records.read_bytes())  # in place: the folder does not change
+    os.utime(records, (2, 2))
+    assert not load("tfds:small", tmp_path)[0].labels.any()
 
 
 def test_cifar_is_found_as_tfds_prepares_it(tmp_path):
@@ -204,5 +214,165 @@ def test_cifar_is_found_as_tfds_prepares_it(tmp_path):
         load("cifar10", folder)
 
 
-def test_reading_needs_no_tensorflow():
-    assert "tensorflow" not in sys.modules
+# ---------------- What nobody should trust ----------------
+
+
+def rewrite(folder, name, edit):
+    """Changes a metadata file by a function of what it says."""
+    file = folder / name
+    file.write_text(json.dumps(edit(json.loads(file.read_text()))))
+
+
+def set_at(path, value):
+    """An edit that puts a value at a path of keys."""
+
+    def edit(content):
+        *parents, last = path
+        functools.reduce(operator.getitem, parents, content)[last] = value
+        return content
+
+    return edit
+
+
+FEATURES = ("featuresDict", "features")
+TEST_FILE = "small-test.array_record-00000-of-00001"
+
+
+@pytest.mark.parametrize("path", [("pythonClassName",), (*FEATURES, "note", "pythonClassName")], ids=["set", "other"])
+def test_the_classes_that_the_metadata_names_are_not_imported(tmp_path, monkeypatch, path):
+    folder, content = prepare(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "canary_module.py").write_text("Feature = open(__file__ + '.sang', 'w')")
+    rewrite(folder, "features.json", set_at(path, "canary_module.Feature"))
+    rewrite(folder, "dataset_info.json", set_at(("moduleName",), "canary_module"))
+    assert load("tfds:small", tmp_path)[0].labels.tolist() == content["train"][1].tolist()
+    rewrite(folder, "features.json", set_at((*FEATURES, "image", "pythonClassName"), "canary_module.Feature"))
+    with pytest.raises(ValueError, match=r"has no uint8 images .*'image': 'canary_module\.Feature'"):
+        load("tfds:small", tmp_path)
+    assert "canary_module" not in sys.modules and not (tmp_path / "canary_module.py.sang").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("features.json", lambda _: [], "features.json is damaged: it is no JSON object"),
+        ("features.json", set_at(FEATURES, 3), "features.json is damaged: 'features' is 3, not of type dict"),
+        ("features.json", set_at((*FEATURES, "image", "image", "dtype"), "uint16"), "has no uint8 images"),
+        (
+            "features.json",
+            set_at((*FEATURES, "image", "image", "shape"), {"dimensions": ["6", "x", "3"]}),
+            "x is no int",
+        ),
+        (
+            "features.json",
+            set_at((*FEATURES, "image", "image", "shape"), {"dimensions": ["6", "3"]}),
+            "the shape .6, 3",
+        ),
+        ("features.json", set_at((*FEATURES, "label", "classLabel", "numClasses"), "4"), "must have 4 different names"),
+        ("dataset_info.json", set_at(("splits", 0, "shardLengths"), ["-5"]), "-5 is no integer from 0"),
+        ("dataset_info.json", set_at(("splits", 0, "shardLengths"), ["6"]), "it has 5 records that can be read, not 6"),
+        ("dataset_info.json", set_at(("splits", 0, "shardLengths"), ["5", "5"]), "00000-of-00002 is missing"),
+        ("dataset_info.json", set_at(("splits", 0, "shardLengths"), []), "needs splits train"),
+        ("dataset_info.json", set_at(("splits", 0, "filepathTemplate"), TEST_FILE), "it names a file twice"),
+        (
+            "features.json",
+            set_at((*FEATURES, "label", "classLabel", "numClasses"), 10**9),
+            "1000000000 classes, more than",
+        ),
+        ("dataset_info.json", set_at(("splits", 1, "name"), "train"), "has two splits 'train'"),
+        ("dataset_info.json", set_at(("splits", 0), None), "a split is None"),
+        (
+            "dataset_info.json",
+            set_at(("splits", 0, "filepathTemplate"), "../{SPLIT}"),
+            "'../train', which is no file of",
+        ),
+        ("dataset_info.json", set_at(("splits", 0, "filepathTemplate"), "/etc/passwd"), "'/etc/passwd', which is no"),
+    ],
+)
+def test_wrong_metadata_is_told_in_one_line(tmp_path, name, edit, message):
+    folder, _ = prepare(tmp_path)
+    rewrite(folder, name, edit)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load("tfds:small", tmp_path)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_metadata_without_end_is_refused(tmp_path):
+    folder, _ = prepare(tmp_path)
+    (folder / "features.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"features\.json is damaged: it is nested too deeply$"):
+        load("tfds:small", tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda b: b[: len(b) // 2], lambda b: b[:300] + b"?" * 9 + b[309:]])
+def test_damaged_records_are_told_in_one_line(tmp_path, damage):
+    folder, _ = prepare(tmp_path)
+    file = folder / "small-train.array_record-00000-of-00001"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(OSError, match=rf"({file}|record 0 .* {folder}) is damaged: \w.* Delete its folder") as error:
+        load("tfds:small", tmp_path)
+    assert "\n" not in str(error.value)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{file} is missing"):
+        load("tfds:small", tmp_path)
+
+
+def test_a_damaged_version_does_not_stand_in_the_way_of_a_good_one(tmp_path, caplog):
+    prepare(tmp_path)
+    newer = tmp_path / "small/4.0.0"
+    newer.mkdir()
+    (newer / "dataset_info.json").write_text('{"name": "small", ')
+    assert len(load("tfds:small", tmp_path)[0]) == 5
+    assert f"{newer}/dataset_info.json is damaged" in caplog.text
+    shutil.rmtree(tmp_path / "small/3.0.2")
+    with pytest.raises(FileNotFoundError, match=rf"{newer}/dataset_info\.json is damaged"):
+        load("tfds:small", tmp_path)
+
+
+def test_an_image_of_another_size_is_not_stretched(tmp_path):
+    folder, _ = prepare(tmp_path, shape=(1, 7, 3))
+    rewrite(folder, "features.json", set_at((*FEATURES, "image", "image", "shape"), {"dimensions": [6, 7, 3]}))
+    with pytest.raises(ValueError, match=r"record 0 .* is an image \(1, 7, 3\); the set's metadata says \(6, 7, 3\)"):
+        load("tfds:small", tmp_path)
+
+
+@pytest.mark.parametrize("label", [2**31, 2**32, -2])
+def test_a_label_beyond_its_type_is_refused(tmp_path, monkeypatch, label):
+    prepare(tmp_path)
+    monkeypatch.setattr(prepared.tf_example, "parse", lambda _: {"label": [label]})
+    with pytest.raises(OSError, match=rf"record 0 .* is damaged: its label is \[{label}\], not one of type int"):
+        load("tfds:small", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../small", "/small", "small/../..", "small/*", "s*", "a/b/c"])
+def test_a_name_is_no_path(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^data\.name must be tfds:NAME or tfds:NAME/CONFIG; got "):
+        load(f"tfds:{name}", tmp_path)
+
+
+def test_examples_are_read_as_tfds_writes_them():
+    names = {
+        "image": tfds.features.Tensor(shape=(), dtype=np.str_),
+        "many": tfds.features.Tensor(shape=(3,), dtype=np.int64),
+    }
+    features = tfds.features.FeaturesDict({**names, "label": np.int64, "real": np.float32})
+    example = {"image": b"x" * 300, "many": [-1, 0, 2**62], "label": -1, "real": 0.5}
+    found = tf_example.parse(features.serialize_example(features.encode_example(example)))
+    assert found == {"image": [b"x" * 300], "many": [-1, 0, 2**62], "label": [-1], "real": []}
+    for damaged in (b"\x0a", b"\x0a\x05abc", b"\xff" * 11, b"\x0b", b"\x08\x01", b"\x0a\x02\x08\x01"):
+        with pytest.raises(ValueError, match=r"it is (cut off|no TensorFlow example)"):
+            tf_example.parse(damaged)
+
+
+def test_reading_needs_neither_tensorflow_nor_tfds(tmp_path):
+    prepare(tmp_path)
+    code = f"""if True:
+        import sys
+        from dpa_jax.config import default_config
+        from dpa_jax.data.sources import open_source
+        data = default_config().data
+        data.update(name="tfds:small", dir={str(tmp_path)!r})
+        assert len(open_source(data).load()[0]) == 5
+        print(*{{"tensorflow", "tensorflow_datasets"}} & set(sys.modules))"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.stdout, ended.returncode) == ("\n", 0), ended.stderr
