@@ -163,6 +163,7 @@ def _point(levels: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax
 
 
 def _look_up(table: jax.Array, levels: jax.Array) -> jax.Array:
+    table = table.astype(jnp.int32)  # where JAX has 64 bits it is wider
     return jax.lax.platform_dependent(table, levels, tpu=_look_up_by_product, default=_look_up_by_index)
 
 
