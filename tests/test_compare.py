@@ -218,6 +218,17 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(start, finished, t
             assert checkpoints.latest_step == 11
 
 
+def test_a_group_whose_last_checkpoint_never_came_is_under_way(start, finished, tmp_path):
+    shutil.copytree(finished / "relu", tmp_path / "relu")
+    checkpoints = tmp_path / "relu" / "seeds-0-1" / "checkpoints"
+    shutil.rmtree(checkpoints / "11")  # as a kill between the last line of the records and its save leaves it
+    ended = start(tmp_path, "--mechanisms=relu", "--vmap=2")
+    assert ended.returncode == 0, ended.stderr
+    assert "relu, seeds 0 to 1: continuing after step 8 of 11" in ended.stderr and "seed 2" not in ended.stderr
+    assert (checkpoints / "11").is_dir()
+    assert records(tmp_path) == {name: lines for name, lines in records(finished).items() if "relu" in name}
+
+
 def test_what_is_finished_is_not_trained_again(finished, tmp_path, monkeypatch):
     workdir = tmp_path / "copy"
     shutil.copytree(finished, workdir)

@@ -16,6 +16,7 @@ from dpa_jax.compare.entries import Entry
 from dpa_jax.compare.report import FILES, Histories, write_report
 from dpa_jax.config import MAX_SEED
 from dpa_jax.plots import History
+from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged
 from dpa_jax.training.folder import check_kinds, locked
 from dpa_jax.training.loop import train
@@ -106,9 +107,17 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
     def unfinished(some: Iterable[int]) -> list[int]:
         return [seed for seed in some if not _finished(read_history(folder / f"seed-{seed}"), config)]
 
+    def under_way(group: range) -> bool:
+        if unfinished(group):
+            return True
+        with Checkpoints(_group_folder(folder, group) / "checkpoints", keep=1, read_only=True) as checkpoints:
+            newest = checkpoints.latest_step
+        # A kill can come between the last line of the records and the last checkpoint.
+        return newest is not None and newest < read_history(folder / f"seed-{group[0]}")[-1]["step"]
+
     matches = (re.fullmatch("seeds-([0-9]+)-([0-9]+)", path.name) for path in folder.glob("seeds-*-*"))
     ends = sorted((int(match[1]), int(match[2])) for match in matches if match)
-    groups = [range(first, last + 1) for first, last in ends if unfinished(range(first, last + 1))]
+    groups = [group for first, last in ends if under_way(group := range(first, last + 1))]
     rest = np.setdiff1d(unfinished(seeds), np.concatenate([[], *groups])).astype(int)
     if not groups and not rest.size:
         return
@@ -124,11 +133,14 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
         _train_group(run, name, group, folder)
 
 
+def _group_folder(folder: pathlib.Path, seeds: range) -> pathlib.Path:
+    return folder / f"seeds-{seeds[0]}-{seeds[-1]}"
+
+
 def _train_group(run: Run, name: str, seeds: range, folder: pathlib.Path) -> None:
     """Trains consecutive seeds as one program, with one checkpoint; the record of each is in a folder of its own."""
-    workdir = folder / f"seeds-{seeds[0]}-{seeds[-1]}"
     who = f"{name}, seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{name}, seed {seeds[0]}"
-    train(run.with_seeds(seeds), workdir, [folder / f"seed-{seed}" for seed in seeds], who)
+    train(run.with_seeds(seeds), _group_folder(folder, seeds), [folder / f"seed-{seed}" for seed in seeds], who)
 
 
 def seeds_that_fit(run: Run, wanted: int) -> int:

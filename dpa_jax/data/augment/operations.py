@@ -78,7 +78,8 @@ def apply(
     warped = _warp(levels, jnp.stack(matrices)[op - first_warp], cubic, fill)
 
     kind = (op >= first_blend).astype(jnp.int32) + (op >= first_warp) + (op >= len(OPERATIONS))
-    return jax.lax.select_n(kind, looked_up, blended, warped, levels).astype(jnp.uint8)
+    results = (x.astype(jnp.int32) for x in (looked_up, blended, warped, levels))  # wider where JAX has 64 bits
+    return jax.lax.select_n(kind, *results).astype(jnp.uint8)
 
 
 def check_image(image: jax.Array, fill: int | Sequence[int] = 0) -> None:
@@ -163,6 +164,7 @@ def _point(levels: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax
 
 
 def _look_up(table: jax.Array, levels: jax.Array) -> jax.Array:
+    table = table.astype(jnp.int32)
     return jax.lax.platform_dependent(table, levels, tpu=_look_up_by_product, default=_look_up_by_index)
 
 

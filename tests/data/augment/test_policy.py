@@ -153,3 +153,10 @@ def test_what_is_not_allowed_is_named():
         augment.rand_augment(key, image, interpolation="nearest")
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 1 or 3\], not uint8 \[4, 4, 2\]"):
         augment.rand_augment(key, image[..., :2])
+
+
+def test_where_jax_has_64_bits_an_image_stays_one():
+    image = jax.ShapeDtypeStruct((8, 8, 3), jnp.uint8)
+    with jax.enable_x64(True):
+        made = jax.eval_shape(augment.rand_augment, jax.eval_shape(lambda: jax.random.key(0)), image)
+    assert (made.shape, made.dtype) == (image.shape, image.dtype)
