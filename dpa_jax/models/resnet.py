@@ -1,7 +1,7 @@
 """ResNet (He et al., 2016) for small images: a 3 x 3 stem and no pooling before the stages."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
 from dpa_jax.checks import MAX_SIZE, check_sizes
-from dpa_jax.models.layers import ImageModel, activate
+from dpa_jax.models.layers import ImageModel, Placement
 
 _MAX_STAGES, _MAX_BLOCKS = 10, 500  # each block is compiled
 
@@ -26,7 +26,7 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    activation: Callable[..., nn.Module]
+    activation: Placement
     dtype: jnp.dtype
 
     @nn.compact
@@ -34,11 +34,11 @@ class BasicBlock(nn.Module):
         """Transforms feature maps."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         y = norm(name="norm1")(_conv(self.features, 3, self.stride, self.dtype, "conv1")(x))
-        y = activate(self.activation(name="activation1"), y, labels, train, pool="mean")
+        y = self.activation(self, y, labels, train, pool="mean", name="activation1")
         y = norm(name="norm2")(_conv(self.features, 3, 1, self.dtype, "conv2")(y))
         if x.shape != y.shape:
             x = norm(name="norm_shortcut")(_conv(self.features, 1, self.stride, self.dtype, "conv_shortcut")(x))
-        return activate(self.activation(name="activation2"), x + y, labels, train, pool="mean")
+        return self.activation(self, x + y, labels, train, pool="mean", name="activation2")
 
 
 class ResNet(ImageModel):
@@ -46,14 +46,20 @@ class ResNet(ImageModel):
 
     Blocks are not scanned: the first of a stage has another shape, and too few equal ones are left.
 
-    Attributes (besides those of `ImageModel`; ``activation`` follows every convolution, ``arr`` every stage, and both
+    Attributes (besides those of `ImageModel`; an activation follows every convolution, ``arr`` every stage, and both
     pool feature maps by their mean):
         stage_sizes: blocks in each stage; every stage but the first halves the resolution.
         width: channels of the first stage; every other doubles them.
     """
 
+    activation_places: str = "last"
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
+
+    @property
+    def last_places(self) -> tuple[str, ...]:
+        """Both activations of the last block."""
+        return (f"stage{len(self.stage_sizes) - 1}_block{self.stage_sizes[-1] - 1}/*",)
 
     def __post_init__(self):
         sizes = self.stage_sizes
@@ -66,18 +72,19 @@ class ResNet(ImageModel):
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Logits [B, K] float32 of images [B, H, W, C]; ``train`` updates batch statistics and memories."""
-        images = self.checked(images)
+        images, placement = self.checked(images), self.placement
         if train and len(images) == 0:
             raise ValueError("ResNet: an empty batch has no statistics to train with")
         x = _conv(self.width, 3, 1, self.dtype, "conv")(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
-        x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
+        x = placement(self, x, labels, train, pool="mean")
         for stage, blocks in enumerate(self.stage_sizes):
             for i in range(blocks):
                 stride, name = 2 if stage and not i else 1, f"stage{stage}_block{i}"
-                block = BasicBlock(self.width * 2**stage, stride, self.activation, self.dtype, name=name)
+                block = BasicBlock(self.width * 2**stage, stride, placement, self.dtype, name=name)
                 x = block(x, labels, train)
             if self.arr:
                 x = ARR(self.num_classes, name=f"arr{stage}")(x, labels, train, pool="mean")
+        placement.check("ResNet")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return nn.Dense(self.num_classes, name="head")(x)

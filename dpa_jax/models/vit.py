@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     num_heads: int
     hidden_dim: int
-    activation: Callable[..., nn.Module]
+    activation: layers.Placement
     arr: Callable[..., nn.Module] | None
     dropout: float
     dtype: jnp.dtype
@@ -45,8 +45,8 @@ class ViT(layers.ImageModel):
 
     The variables of all blocks are stacked under ``blocks``, with a leading axis of length ``depth``.
 
-    Attributes (besides those of `ImageModel`; ``activation`` is that of every MLP, ``arr`` after every block on the
-    class token):
+    Attributes (besides those of `ImageModel`; the activations are those of the MLPs, ``arr`` follows every block, on
+    the class token):
         patch_size: height and width of a patch; divides ``image_size``.
         embed_dim: width D of the residual stream; ``num_heads`` divides it.
         depth: number of blocks.
@@ -61,7 +61,7 @@ class ViT(layers.ImageModel):
         ValueError: for sizes that are too small or do not divide, other rates, and images of another shape.
     """
 
-    activation: Callable[..., nn.Module] = make_activation("gelu")
+    native: Callable[..., nn.Module] = make_activation("gelu")
     patch_size: int = 4
     embed_dim: int = 192
     depth: int = 12
@@ -100,10 +100,12 @@ class ViT(layers.ImageModel):
         x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:]), jnp.float32).astype(self.dtype)
         x = nn.Dropout(self.dropout)(x, deterministic=not train)
         arr = functools.partial(ARR, self.num_classes) if self.arr else None
-        settings = self.num_heads, int(self.embed_dim * self.mlp_ratio), self.activation, arr, self.dropout, self.dtype
+        placement, hidden_dim = self.placement, int(self.embed_dim * self.mlp_ratio)
+        settings = self.num_heads, hidden_dim, placement, arr, self.dropout, self.dtype
         blocks = layers.repeat(Block, self.depth, self.scan)(*settings, name="blocks")
         drop_rates = jnp.linspace(0.0, self.stochastic_depth, self.depth) if self.stochastic_depth else None
         x, _ = blocks(x, drop_rates, labels, train)
+        placement.check("ViT")
         x = layers.LayerNorm(dtype=self.dtype, name="norm")(x[:, 0])
         return layers.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
 
