@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpa_jax import command_line, train
+from dpa_jax.config import default_config, each_key
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -253,6 +254,61 @@ def test_missing_data_comes_with_the_command_that_gets_it(tmp_path):
     assert error.startswith("error: ") and "Traceback" not in error
     assert str(tmp_path) in error
     assert "train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=" in error
+
+
+# ---------------- What a command line shows of itself ----------------
+
+
+def printed(capsys, *arguments):
+    """What the command prints, without a run."""
+    train.main(["train.py", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_help_has_our_flags_and_every_key_with_its_value_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    out = printed(capsys, "--help", "--config.epochs=12")
+    assert out == printed(capsys, "-h", "--config.epochs=12", "--config", "digits_vit")
+    listed = dict(re.findall(r"^  (--\S+).*\n +(\S.*)$", out, re.MULTILINE))
+    for flag in ("config=NAME", "config.KEY=VALUE", "workdir=TEXT", "eval", "processes=N", "print_config", "helpfull"):
+        assert f"--{flag}" in listed, flag
+    assert listed["--config=NAME"].endswith("imagenet_vit (default: digits_vit).")
+    assert "undefok" not in out
+    for path, key in each_key():
+        value = {"epochs": 12, "schedule.warmup_epochs": 1}.get(path, key.default)
+        assert f"--config.{path}" in out and key.about in out, path
+        if path in ("epochs", "schedule.warmup_epochs", "precision"):
+            assert listed[f"--config.{path}={value}"] == key.about
+    assert "--config.model_options.depth=4\n" in out  # the file's
+    full = printed(capsys, "--helpfull", "--config.epochs=12")
+    assert "--undefok" in full and set(out.splitlines()) < set(full.splitlines())
+
+
+def test_the_printed_configuration_is_the_one_of_the_run(capsys, tmp_path):
+    changes = ["--config.data.mean=(0.5,)", "--config.model_options.depth=2", "--config.data.dir=a'b\n"]
+    out = printed(capsys, f"--config={write_config(tmp_path)}", *changes, "--print_config", "--eval")
+    config = default_config()
+    exec(out, {"config": config})
+    options = command_line.parse(
+        lambda options: None, ["train.py", f"--config={write_config(tmp_path)}", *changes], default_config="digits_vit"
+    )
+    assert config.to_dict() == options.config.to_dict() != default_config().to_dict()
+    assert not (tmp_path / "run").exists()
+    line = refused("--print_config", "--config.batch_size=0")
+    assert line == "error: config: batch_size must be at least 1; got 0"
+
+
+def test_a_schedule_that_has_followed_epochs_is_told_of(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr("dpa_jax.training.loop.train_and_evaluate", lambda *arguments: trained.append(arguments))
+    config = write_config(tmp_path, "config.epochs = 20; config.schedule.warmup_epochs = 5")
+    for epochs in (4, 20):
+        train.main(["train.py", f"--config={config}", f"--workdir={tmp_path}", f"--config.epochs={epochs}"])
+    assert [given.schedule.warmup_epochs for given, _ in trained] == [1, 5]
+    note = "note: epochs changed from 20 to 4, and in proportion schedule.warmup_epochs from 5 to 1\n"
+    assert capsys.readouterr().err == note
 
 
 # ---------------- The folder of a run that is not given one ----------------
