@@ -16,6 +16,7 @@ import pytest
 
 from dpa_jax import command_line, train
 from dpa_jax.config import default_config, each_key
+from tests.helpers import told
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -42,7 +43,7 @@ def run(command, *arguments):
 
 
 def refused(*arguments, traced=False):
-    """The error that the command ends with, in this process: before it there are at most notes, and nothing compiles.
+    """The error that the command ends with, in this process: before it at most header and notes, and nothing compiles.
 
     Args:
         *arguments: of the command line.
@@ -65,7 +66,7 @@ def refused(*arguments, traced=False):
             assert any(line.startswith("Compiling") for line in logged)  # it would have been seen
     finally:
         logging.getLogger("jax").removeHandler(handler)
-    assert all(line.startswith("note: ") for line in printed.getvalue().splitlines())
+    assert all(line.startswith("note: ") for line in told(printed.getvalue()))
     assert isinstance(ended.value.code, str)  # Python prints it to stderr, and ends with code 1
     return ended.value.code
 
@@ -82,17 +83,34 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The configuration file and the folder of a run that has ended."""
+    """The configuration file, the folder and the output of a run that has ended."""
     folder = tmp_path_factory.mktemp("trained")
     config, workdir = write_config(folder), folder / "run"
     ended = run("train.py", "--config", config, "--workdir", workdir)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"curves, metrics and checkpoints are in {workdir}\n"
-    return config, workdir
+    return config, workdir, ended.stderr
+
+
+def test_a_run_says_what_it_is_before_it_trains(trained):
+    _, workdir, output = trained
+    device, *header, compiling, first, last, epoch = output.splitlines()[:9]
+    assert re.match(rf"device: 1 x cpu \(\d+ cores\), jax {jax.__version__}, float32$", device)
+    parameters = 16 * 8 + 8 + 8 + 5 * 8 + 2 * 16 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 16 + 36
+    assert header == [
+        f"model: vit with dpa, {parameters:,} parameters",
+        "data: synthetic, 48 training and 40 evaluation examples, 4 classes",
+        "training: 2 epochs, 6 steps of 16, adamw, learning rate 0.01 (cosine)",
+        f"folder: {workdir}",
+    ]
+    assert compiling == "compiling the training step"
+    assert re.match(r"epoch 1/2, step 1/3: loss \S+, top-1 \S+%, compiled in \d\d:\d\d$", first)
+    assert last.startswith("epoch 1/2, step 3/3: ")
+    assert re.match(r"epoch 1/2: loss \S+, top-1 \S+% \| eval: loss \S+, top-1 \S+% \| \S+ images/s$", epoch)
 
 
 def test_eval_prints_what_training_found_and_touches_nothing(trained):
-    config, workdir = trained
+    config, workdir, _ = trained
     before = contents(workdir)
     ended = run("-m dpa_jax.train", "--config", config, "--workdir", workdir, "--eval")
     assert ended.returncode == 0, ended.stderr
@@ -107,7 +125,7 @@ def test_eval_prints_what_training_found_and_touches_nothing(trained):
 
 
 def test_eval_without_a_checkpoint(trained, tmp_path):
-    config, _ = trained
+    config, *_ = trained
     error = refused("--config", config, "--workdir", tmp_path / "nothing", "--eval", traced=True)
     assert error == f"error: no checkpoint in {tmp_path}/nothing/checkpoints; train first, without --eval"
     assert not (tmp_path / "nothing").exists()
@@ -122,7 +140,7 @@ def test_eval_without_a_checkpoint(trained, tmp_path):
     ids=["classes", "width"],
 )
 def test_a_checkpoint_of_another_model(trained, flags, change, leaf, there, here):
-    config, workdir = trained
+    config, workdir, _ = trained
     before, allowed = contents(workdir), f"--config.allow_change={change.partition('=')[0]}"
     error = refused("--config", config, "--workdir", workdir, f"--config.{change}", allowed, *flags, traced=True)
     (line,) = error.splitlines()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -16,6 +15,7 @@ import flax
 import jax
 
 from dpa_jax.plots import History, plot_comparison, plot_table
+from dpa_jax.training.header import describe
 
 Histories = dict[str, dict[int, History]]  # {entry's name: {seed: the records of its run}}
 
@@ -69,11 +69,9 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
     """
     rows = [summarize_runs(name, runs) for name, runs in histories.items()]
     epochs = max(record["epoch"] for runs in histories.values() for history in runs.values() for record in history)
-    device = jax.devices()[0]
     measured = {
         "command": command,
-        "device": f"{jax.device_count()} x {device.device_kind}"
-        + (f" ({os.cpu_count()} cores)" if device.platform == "cpu" else ""),
+        "device": describe(jax.devices()),
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
     }
     last = {name: [{"seed": seed, **history[-1]} for seed, history in runs.items()] for name, runs in histories.items()}

@@ -52,8 +52,10 @@ class Run:
     Attributes:
         config: the configuration; of its members `configs`.
         seeds: of the members.
+        devices: those that share each batch.
         spec: of the data.
         model: the linen module.
+        num_parameters: of one member.
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
         eval_feed: the held-out examples.
@@ -70,6 +72,7 @@ class Run:
         devices = list(devices or _all_devices())
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self.devices = devices
 
         here = len(mesh.local_devices)
         for key in ("batch_size", "eval_batch_size"):
@@ -146,6 +149,7 @@ class Run:
 
         jit = functools.partial(jax.jit, out_shardings=self._everywhere)
         self._abstract_member = jax.eval_shape(lambda: create(0))
+        self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
         self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create))
         self._step = jit(step, donate_argnums=0)
         self._eval_step = jit(make_eval_step(model, transforms.evaluate))

@@ -15,6 +15,7 @@ import sklearn.metrics
 
 from dpa_jax.config import OPTIMIZERS, SCHEDULES
 from dpa_jax.training.checkpoint import Checkpoints
+from dpa_jax.training.header import note_of_rate
 from dpa_jax.training.loop import NonFiniteError, evaluate, train, train_and_evaluate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.run import build
@@ -150,6 +151,20 @@ def test_a_finished_run_started_again_changes_nothing(finished, capsys):
     assert train_and_evaluate(config, workdir) == last
     assert contents(workdir) == before
     assert f"nothing left to do after step 12 of 12 in {workdir}" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_ends_at_zero_is_told_of():
+    config = tiny_config(mechanism="relu", epochs=10, schedule__warmup_epochs=2)
+    (note,) = note_of_rate(build(config))
+    # The cosine ends 2 epochs of 6 steps before the end; a step takes the rate of the one before it.
+    assert note.startswith("note: the learning rate is 0 from step 50 of 60 on ") and "min_learning_rate" in note
+    config.schedule.min_learning_rate = 1e-5
+    assert note_of_rate(build(config)) == []
+    config.schedule.update(name="multistep", milestones=(5,), gamma=2e-38, min_learning_rate=0.0)
+    (note,) = note_of_rate(build(config))
+    assert note.startswith("note: the learning rate is 0 from step 43 of 60 on ") and "schedule.gamma" in note
+    config.schedule.update(warmup_epochs=0, name="cosine")
+    assert note_of_rate(build(config)) == []
 
 
 def test_a_seed_reproduces_a_run_whose_figures_are_means_over_an_epoch(finished, steps_of_finished):
