@@ -343,7 +343,7 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_the_documented_example_learns(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     exec(compile(example, str(DOCUMENT), "exec"), {"__name__": "__main__"})
-    (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
+    (accuracy,) = re.findall(r"eval accuracy ([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) > 0.8
 
 

@@ -83,7 +83,7 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, rows))
-    title = f"held-out top-1 (%) after {epochs} epochs"
+    title = f"eval top-1 (%) after {epochs} epochs"
     plot_table(title, _HEAD, [row.cells() for row in rows], workdir / "table.png")
     plot_comparison({name: list(runs.values()) for name, runs in histories.items()}, workdir / "curves.png")
 
@@ -93,7 +93,7 @@ def _markdown(rows: list[Row], epochs: int, measured: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     notes = [
-        f"Top-1 on the held-out images in percent after the last of {epochs} epochs, not the best of them: mean, "
+        f"Top-1 on the evaluation images in percent after the last of {epochs} epochs, not the best of them: mean, "
         "standard deviation (n - 1) and best over the seeds. Masked: the share of channels that a penalty held down, "
         "over the last epoch of training. Seconds: the training steps of one run, or its share of a program of "
         "several.",

@@ -58,7 +58,7 @@ class Run:
         num_parameters: of one member.
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
-        eval_feed: the held-out examples.
+        eval_feed: the evaluation examples.
         clear_metrics: compiled; a state, which is donated -> the state with nothing in its averages.
     """
 
@@ -258,7 +258,7 @@ class Run:
         return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
-        """Evaluates the whole held-out split: of each member its figures, as `Evaluation.compute` names them.
+        """Evaluates the whole evaluation split: of each member its figures, as `Evaluation.compute` names them.
 
         The state is donated. The one returned has entered evaluation: the counters of some mechanisms begin anew.
         """
