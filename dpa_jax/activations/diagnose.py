@@ -101,8 +101,12 @@ def _of_records(found: list[tuple[str, type[Mechanism], Arrays]], mutated: tuple
                         "which leaves a sample out; such samples take no part"
                     )
             if "values" in seen:
-                active = np.any(np.asarray(seen["values"]) > getattr(record.settings, "tau", 0.0))
-                on[owner] = on.get(owner, False) or bool(active)
+                values = np.asarray(seen["values"])
+                layers = values.shape[: record.mark.ndim]
+                active = np.any(values > getattr(record.settings, "tau", 0.0), axis=(-2, -1))
+                for layer in np.ndindex(layers):
+                    place = ", ".join([owner, *(f"layer {index}" for index in layer)])
+                    on[place] = on.get(place, False) or bool(active[layer])
     seen_paths = dict.fromkeys(path for _, path in uses)
     for path, mechanism, _ in found:
         if mechanism.class_wise and path not in seen_paths:
