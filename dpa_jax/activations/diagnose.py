@@ -94,11 +94,16 @@ def _of_records(found: list[tuple[str, type[Mechanism], Arrays]], mutated: tuple
             owner = f"{type(record.settings).__name__} {path!r}"
             seen = record.seen if isinstance(record.seen, Mapping) else {}
             if "labels" in seen:
-                labels, classes = np.asarray(seen["labels"]), getattr(record.settings, "num_classes", 0)
+                labels, classes = np.asarray(record.labels), getattr(record.settings, "num_classes", 0)
                 if np.any(wrong := (labels < -1) | (labels >= classes)):
                     messages.append(
                         f"{owner}: the label {labels[wrong].flat[0]} is no class of 0..{classes - 1}, and not -1, "
                         "which leaves a sample out; such samples take no part"
+                    )
+                if count := np.sum((labels >= 0) & (labels < classes) & (np.asarray(seen["labels"]) < 0)):
+                    messages.append(
+                        f"{owner}: the values of {count} labelled samples were not finite; such samples take no part. "
+                        "Look for NaN in the inputs, or for parameters that have grown too large"
                     )
             if "values" in seen:
                 values = np.asarray(seen["values"])

@@ -237,7 +237,7 @@ class Mechanism(nn.Module):
         state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
         y, new, seen = self.observe(x, labels, state, train, pool)
         settings = self.clone(parent=None, name=None)
-        return y, new if train else {}, Record(settings, seen, jnp.zeros((), jnp.float32))
+        return y, new if train else {}, Record(settings, seen, labels, jnp.zeros((), jnp.float32))
 
     @nn.nowrap
     def _fitting(self, key: str, value: Any, channels: int) -> jax.Array:
