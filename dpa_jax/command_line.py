@@ -109,7 +109,8 @@ def _no_interrupt_lost() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        if sys.unraisablehook is hook:  # what a failed save puts on top has to outlast the program
+            sys.unraisablehook = before
 
 
 def tell(text: str) -> None:

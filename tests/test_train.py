@@ -390,3 +390,19 @@ def test_a_ctrl_c_that_comes_in_a_destructor_counts(tmp_path):
     )
     ended = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
+def test_a_hook_on_top_of_ours_outlasts_the_program(monkeypatch):
+    """A failed save's threads still have something to say when the program is at its end."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    def above(unraisable):
+        del unraisable
+
+    def main(options):
+        sys.unraisablehook = above
+
+    command_line.run(main, lambda options: None, ["program"], default_config="digits_vit")
+    assert sys.unraisablehook is above
+    command_line.run(lambda options: None, lambda options: None, ["program"], default_config="digits_vit")
+    assert sys.unraisablehook is above

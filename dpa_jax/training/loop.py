@@ -142,6 +142,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             # ---------------- Evaluate and record ----------------
             evaluations: list[Figures] = [{} for _ in folders]
             if epoch_ends:
+                wrong = run.diagnose(state) if epoch == 1 else []  # before the evaluation, which resets counters
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
                     state, evaluated = run.evaluate(state)
                     evaluations = [{f"eval_{k}": v for k, v in figures.items()} for figures in evaluated]
@@ -165,6 +166,8 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 progress.close()
                 progress.write(_line(_means(records), config.epochs))
                 state = run.clear_metrics(state)
+                for line in wrong:
+                    progress.write(f"warning: {line}")
 
             # ---------------- Save ----------------
             if save:

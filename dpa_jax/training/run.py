@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.activations import reset_counters
-from dpa_jax.activations.penalties import Ratio
+from dpa_jax.activations import diagnose, reset_counters
+from dpa_jax.activations.penalties import RECORDS, Ratio
+from dpa_jax.activations.registry import collections
 from dpa_jax.checks import INT32, check_memory, check_range
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
@@ -153,6 +154,11 @@ class Run:
         self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create))
         self._step = jit(step, donate_argnums=0)
         self._eval_step = jit(make_eval_step(model, transforms.evaluate))
+        self._record = jit(
+            lambda variables, batch: model.apply(
+                variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]
+            )[1]
+        )
         self._add = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._members = jit(members)
         self.clear_metrics = jit(clear_metrics, donate_argnums=0)
@@ -269,6 +275,17 @@ class Run:
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+
+    def diagnose(self, state: TrainState) -> list[str]:
+        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one held-out batch.
+
+        Nothing where the model has no mechanism.
+        """
+        if not set(collections()) & state.variables.keys():
+            return []
+        before, after = (self.members(given.variables)[0] for given in (self.init(), state))
+        records = self._record(after, next(iter(self.eval_feed.evaluation())))
+        return diagnose(*jax.device_get((before, after, records)))
 
 
 def _all_devices() -> list[jax.Device]:

@@ -331,3 +331,10 @@ def test_no_evaluation_leaves_the_counters(tmp_path):
     _, first = restore(config, tmp_path, step=1)
     (kept,) = (block["mlp"]["activation"] for block in first.model_state["activity_counters"].values())
     chex.assert_trees_all_equal(kept, counters)
+
+
+def test_the_first_epoch_says_what_is_wrong_with_a_mechanism(tmp_path, capsys):
+    train_and_evaluate(tiny_config(epochs=2, mechanism_options={"tau": 1e6}), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any("layer 0: none of its channels was ever on" in line for line in said)
+    assert len(said) == len(set(said))  # once, and not after every epoch
