@@ -13,6 +13,8 @@ from dpa_jax.activations import ARR
 from dpa_jax.checks import check_sizes
 from dpa_jax.models import layers
 
+MAX_BLOCKS = 500  # of a stage; each is compiled
+
 
 class BatchNorm(nn.BatchNorm):
     """`flax.linen.BatchNorm` whose running variance follows PyTorch's.
@@ -26,6 +28,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     momentum: float = 0.9  # PyTorch's 0.1
+    use_fast_variance: bool = False  # in two passes: E[x^2] - E[x]^2 loses digits
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
         """Normalises x [..., C] over all axes but the channels'."""

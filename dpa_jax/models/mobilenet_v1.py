@@ -36,7 +36,7 @@ class SeparableBlock(nn.Module):
 class MobileNetV1(convnet.ConvNet):
     """A 3 x 3 stem and stages of depthwise separable convolutions, without shortcuts.
 
-    The stem has stride 1 for small images, else 2; every stage but the first halves the resolution.
+    The stem keeps the resolution for small images, else it has stride 2; every stage but the first halves it.
 
     Attributes (besides those of `ConvNet`; the last block has two activations):
         native: ReLU6 as in timm's weights; the paper has ReLU, ``dpa_jax.activation("relu")``.
@@ -49,8 +49,10 @@ class MobileNetV1(convnet.ConvNet):
     stage_sizes: Sequence[int] = (1, 2, 2, 6, 2)
 
     def __post_init__(self):
-        convnet.check_numbers("MobileNetV1", "stage_sizes", self.stage_sizes, "numbers of blocks", (5, 5), 100)
-        check_range("MobileNetV1", "width", self.width, 0, MAX_SIZE / 1024)
+        convnet.check_numbers(
+            "MobileNetV1", "stage_sizes", self.stage_sizes, "numbers of blocks", (5, 5), convnet.MAX_BLOCKS
+        )
+        check_range("MobileNetV1", "width", self.width, 0.01, MAX_SIZE / 1024)
         super().__post_init__()
 
     @property

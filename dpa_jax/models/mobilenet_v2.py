@@ -36,7 +36,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(convnet.ConvNet):
     """A 3 x 3 stem, stages of inverted residuals, a pointwise convolution and a linear head.
 
-    For small images the stem and the second stage have stride 1, else 2.
+    For small images the stem and the second stage keep the resolution; else the stem has stride 2.
 
     Attributes (besides those of `ConvNet`; the last block is the last inverted residual and what follows it):
         native: ReLU6.
@@ -64,7 +64,8 @@ class MobileNetV2(convnet.ConvNet):
         convnet.check_list("MobileNetV2", "stages", self.stages, "stages", (1, 20))
         for i, stage in enumerate(self.stages):
             convnet.check_numbers("MobileNetV2", f"stages[{i}]", stage, "numbers t, c, n, s", (4, 4), MAX_SIZE >> 4)
-        check_range("MobileNetV2", "width", self.width, 0, 16)
+            check_sizes("MobileNetV2", {f"stages[{i}][2]": stage[2]}, high=convnet.MAX_BLOCKS)
+        check_range("MobileNetV2", "width", self.width, 0.01, 16)
         check_sizes("MobileNetV2", {"last_channels": self.last_channels})
         check_rate("MobileNetV2", "dropout", self.dropout)
         super().__post_init__()

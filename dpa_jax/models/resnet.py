@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dpa_jax.checks import MAX_SIZE, check_sizes
 from dpa_jax.models import convnet, layers
 
-_MAX_STAGES, _MAX_BLOCKS = 10, 500  # each block is compiled
+_MAX_STAGES = 10
 
 
 class BasicBlock(nn.Module):
@@ -51,7 +51,7 @@ class ResNet(convnet.ConvNet):
 
     def __post_init__(self):
         sizes, stages = self.stage_sizes, (1, _MAX_STAGES)
-        convnet.check_numbers("ResNet", "stage_sizes", sizes, "numbers of blocks", stages, _MAX_BLOCKS)
+        convnet.check_numbers("ResNet", "stage_sizes", sizes, "numbers of blocks", stages, convnet.MAX_BLOCKS)
         check_sizes("ResNet", {"width": self.width}, high=MAX_SIZE >> (len(sizes) - 1))
         super().__post_init__()
 

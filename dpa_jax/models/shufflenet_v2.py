@@ -54,7 +54,9 @@ class ShuffleNetV2(convnet.ConvNet):
     channels: Sequence[int] = (24, 116, 232, 464, 1024)
 
     def __post_init__(self):
-        convnet.check_numbers("ShuffleNetV2", "stage_sizes", self.stage_sizes, "numbers of units", (3, 3), 100)
+        convnet.check_numbers(
+            "ShuffleNetV2", "stage_sizes", self.stage_sizes, "numbers of units", (3, 3), convnet.MAX_BLOCKS
+        )
         convnet.check_numbers("ShuffleNetV2", "channels", self.channels, "widths", (5, 5), MAX_SIZE)
         odd = [width for width in self.channels[1:4] if width % 2]
         if odd:

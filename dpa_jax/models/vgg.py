@@ -1,6 +1,7 @@
 """VGG (Simonyan and Zisserman, 2015), as torchvision has it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from dpa_jax.checks import MAX_SIZE
 from dpa_jax.models import convnet
@@ -44,3 +45,10 @@ class VGG(PlainConvNet):
             norm=self.batch_norm,
             dropout_first=False,
         )
+
+    # In timm the hidden layers are convolutions.
+    torch_aliases: ClassVar[Mapping[str, str]] = {
+        "pre_logits.fc1": "classifier.0",
+        "pre_logits.fc2": "classifier.3",
+        "head.fc": "classifier.6",
+    }
