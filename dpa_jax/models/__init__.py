@@ -6,11 +6,19 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
+from dpa_jax.models.cait import CaiT
+from dpa_jax.models.deit import DeiT
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cait": CaiT,
+    "cait_xxs24_patch4_32": functools.partial(CaiT, image_size=32, patch_size=4),
+    "cait_xxs24_patch16_224": functools.partial(CaiT, image_size=224, patch_size=16),
+    "deit": DeiT,
+    "deit_tiny_patch4_32": functools.partial(DeiT, image_size=32, patch_size=4),
+    "deit_tiny_patch16_224": functools.partial(DeiT, image_size=224, patch_size=16),
     "resnet": ResNet,
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
     "vit": ViT,
@@ -52,4 +60,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "ResNet", "ViT", "create", "params_from_torch", "register"]
+__all__ = ["MODELS", "CaiT", "DeiT", "ResNet", "ViT", "create", "params_from_torch", "register"]
