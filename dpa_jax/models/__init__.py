@@ -8,6 +8,7 @@ import flax.linen as nn
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
 from dpa_jax.models.cait import CaiT
 from dpa_jax.models.deit import DeiT
+from dpa_jax.models.pvt import PVT
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT
@@ -19,6 +20,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "deit": DeiT,
     "deit_tiny_patch4_32": functools.partial(DeiT, image_size=32, patch_size=4),
     "deit_tiny_patch16_224": functools.partial(DeiT, image_size=224, patch_size=16),
+    "pvt": PVT,
+    "pvt_tiny_patch2_32": functools.partial(PVT, image_size=32, patch_size=2),
+    "pvt_tiny_patch4_32": functools.partial(PVT, image_size=32, patch_size=4),
+    "pvt_tiny_patch4_224": functools.partial(PVT, image_size=224, patch_size=4),
     "resnet": ResNet,
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
     "vit": ViT,
@@ -60,4 +65,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "CaiT", "DeiT", "ResNet", "ViT", "create", "params_from_torch", "register"]
+__all__ = ["MODELS", "PVT", "CaiT", "DeiT", "ResNet", "ViT", "create", "params_from_torch", "register"]

@@ -2,14 +2,13 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dpa_jax
 from tests.models import zoo
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "class_depth": 2, "num_heads": 4}
 small = functools.partial(dpa_jax.models.create, "cait", 6, **SIZES)
 
@@ -32,15 +31,16 @@ def test_parameter_counts(name, num_classes, parameters):
 
 
 def test_initialisation():
+    scales = [f"{blocks}.layer_scale{i}" for blocks in ("blocks", "class_blocks") for i in (1, 2)]
+    mixes = [f"blocks.attention.{name}" for name in ("mix_scores", "mix_shares")]
+    kernels, biases = [f"{mix}.kernel" for mix in mixes], [f"{mix}.bias" for mix in mixes]
     model = dpa_jax.models.create("cait_xxs24_patch4_32", 100, depth=1, class_depth=1)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(model.example_inputs.shape))["params"]
+    params = zoo.initial(model, "class_token", *scales, *kernels, *biases)
     np.testing.assert_allclose(np.std(params["class_token"]), 0.02, rtol=0.15)
-    for blocks in ("blocks", "class_blocks"):
-        for i in (1, 2):
-            np.testing.assert_array_equal(params[blocks][f"layer_scale{i}"], np.full((1, 192), 1e-5, np.float32))
-    for name in ("mix_scores", "mix_shares"):
-        mix = params["blocks"]["attention"][name]
-        assert 0 < np.abs(mix["kernel"]).max() < 0.1 and not mix["bias"].any()
+    for name in scales:
+        np.testing.assert_array_equal(params[name], np.full((1, 192), 1e-5, np.float32))
+    for kernel, bias in zip(kernels, biases, strict=True):
+        assert 0 < np.abs(params[kernel]).max() < 0.1 and not params[bias].any()
 
 
 def test_stochastic_depth_is_the_same_in_all_blocks_on_patches_and_none_after(monkeypatch):
