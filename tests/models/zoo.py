@@ -22,6 +22,7 @@ from dpa_jax.activations.diagnose import _records
 from dpa_jax.activations.dpa import joint_mask
 from dpa_jax.activations.penalties import stack_alike
 from dpa_jax.config import default_config
+from dpa_jax.models import layers
 from dpa_jax.models.torch import torch_name
 from dpa_jax.training.optimizer import make_optimizer
 
@@ -230,3 +231,27 @@ def count_parameters(name: str, num_classes: int) -> int:
     model = dpa_jax.models.create(name, num_classes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def initial(model: nn.Module, *paths: str) -> Arrays:
+    """Fresh parameters by their dotted paths. The program has nothing else in it, so that it compiles fast."""
+
+    def values():
+        variables = model.init(jax.random.key(0), jnp.zeros(model.example_inputs.shape))
+        return {path: flatten_dict(variables["params"], sep=".")[path] for path in paths}
+
+    return {path: np.asarray(leaf) for path, leaf in jax.jit(values)().items()}
+
+
+def drop_rates(model: nn.Module, monkeypatch: Any) -> dict[str, np.ndarray]:
+    """{path of a block, or of a stack of blocks: rates of stochastic depth, [2, layers]}; nothing is dropped."""
+
+    def drop_path(module, x, rate, train):
+        if rate is not None:
+            module.sow("rates", "rate", rate)
+        return x
+
+    monkeypatch.setattr(layers, "drop_path", drop_path)
+    images = jnp.zeros(model.example_inputs.shape)
+    rates = jax.jit(lambda: model.init(jax.random.key(0), images)["rates"])()
+    return {path.removesuffix("/rate"): np.stack(pair) for path, pair in flatten_dict(rates, sep="/").items()}
