@@ -10,6 +10,7 @@ from dpa_jax.models.cait import CaiT
 from dpa_jax.models.deit import DeiT
 from dpa_jax.models.pvt import PVT
 from dpa_jax.models.resnet import ResNet
+from dpa_jax.models.tnt import TNT
 from dpa_jax.models.torch import params_from_torch
 from dpa_jax.models.vit import ViT
 
@@ -26,6 +27,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "pvt_tiny_patch4_224": functools.partial(PVT, image_size=224, patch_size=4),
     "resnet": ResNet,
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    "tnt": TNT,
+    "tnt_small_patch4_32": functools.partial(TNT, image_size=32, patch_size=4, first_stride=1),
+    "tnt_small_patch16_224": functools.partial(TNT, image_size=224, patch_size=16, first_stride=4),
     "vit": ViT,
     "vit_tiny_patch4_32": functools.partial(ViT, image_size=32, patch_size=4),
     "vit_tiny_patch16_224": functools.partial(ViT, image_size=224, patch_size=16),
@@ -65,4 +69,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "PVT", "CaiT", "DeiT", "ResNet", "ViT", "create", "params_from_torch", "register"]
+__all__ = ["MODELS", "PVT", "TNT", "CaiT", "DeiT", "ResNet", "ViT", "create", "params_from_torch", "register"]
