@@ -118,15 +118,24 @@ def check_makes_modules(owner: str, name: str, factory: Any) -> None:
 
 
 def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:
-    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
-    bound = (size * size * in_features) ** -0.5
-    return nn.Conv(
-        features,
-        (size, size),
-        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
-        **options,
-    )
+    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in).
+
+    ``in_features`` are those of a group.
+    """
+    return nn.Conv(features, (size, size), **_uniform(size * size * in_features), **options)
+
+
+def uniform_dense(features: int, in_features: int, **options: Any) -> nn.Dense:
+    """A dense layer whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
+    return nn.Dense(features, **_uniform(in_features), **options)
+
+
+def _uniform(fan_in: int) -> dict[str, Any]:
+    bound = fan_in**-0.5
+    return {
+        "kernel_init": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        "bias_init": lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Parameters from PyTorch: what is wrong in them is named. The recordings in test_vit.py are loaded by the same."""
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -45,3 +46,8 @@ def test_params_from_torch_names_what_is_wrong():
         others = {name: array for name, array in arrays.items() if name != missing}
         with pytest.raises(ValueError, match=rf"no array given for '{missing}' \(1 of 32 are missing\)"):
             dpa_jax.models.params_from_torch(small(), others)
+
+
+def test_a_model_without_pytorch_names_is_refused():
+    with pytest.raises(ValueError, match="Dense has no PyTorch names"):
+        dpa_jax.models.params_from_torch(nn.Dense(3), {})

@@ -73,7 +73,8 @@ def to_torch(model: nn.Module, collection: str, tree: Mapping[str, Any]) -> Arra
         layers = np.asarray(leaf) if "*" in torch_name(path, model.torch_names) else [np.asarray(leaf)]
         for name, array in zip(names, layers, strict=True):
             kernel = path.endswith("kernel") and array.ndim > 1
-            found[name] = np.moveaxis(array, (-1, -2), (0, 1)) if kernel else array
+            array = np.moveaxis(array, (-1, -2), (0, 1)) if kernel else array
+            found[name] = _columns(model, path, array, back=True)
     return found
 
 
@@ -86,7 +87,7 @@ def from_torch(model: nn.Module, arrays: Arrays) -> dict[str, Any]:
         for path, leaf in flatten_dict(shapes[collection], sep=".").items():
             stacked = "*" in torch_name(path, model.torch_names)
             names = torch_names(model, collection, path, leaf.shape[0] if leaf.ndim else 0)
-            layers = [arrays[name] for name in names]
+            layers = [_columns(model, path, arrays[name]) for name in names]
             used |= set(names)
             if path.endswith("kernel") and layers[0].ndim > 1:
                 layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
@@ -95,6 +96,16 @@ def from_torch(model: nn.Module, arrays: Arrays) -> dict[str, Any]:
         variables[collection] = unflatten_dict(flat, sep=".")
     assert used == set(arrays), used ^ set(arrays)
     return variables
+
+
+def _columns(model: nn.Module, path: str, array: np.ndarray, back: bool = False) -> np.ndarray:
+    """A dense weight [out, in] whose inputs are flattened maps, in the order (H, W, C) for PyTorch's (C, H, W)."""
+    flattened = getattr(model, "torch_flattened", {}).get(path.removesuffix(".kernel"))
+    if flattened is None or array.ndim != 2:
+        return array
+    channels, *sides = flattened
+    shape, axes = ((*sides, channels), (0, 3, 1, 2)) if back else (flattened, (0, 2, 3, 1))
+    return array.reshape(len(array), *shape).transpose(axes).reshape(array.shape)
 
 
 def close(found: Arrays, expected: Arrays, rtol: float = 0.0, atol: float = 0.0) -> None:
