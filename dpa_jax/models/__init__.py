@@ -7,7 +7,7 @@ import flax.linen as nn
 
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
 from dpa_jax.models.resnet import ResNet
-from dpa_jax.models.torch import params_from_torch
+from dpa_jax.models.torch import to_torch, variables_from_torch
 from dpa_jax.models.vit import ViT
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -52,4 +52,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "ResNet", "ViT", "create", "params_from_torch", "register"]
+__all__ = ["MODELS", "ResNet", "ViT", "create", "register", "to_torch", "variables_from_torch"]

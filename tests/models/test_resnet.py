@@ -108,4 +108,4 @@ def test_images_of_another_shape_are_refused_with_both_shapes():
 
 def test_there_are_no_pytorch_names_to_load_from():
     with pytest.raises(ValueError, match="ResNet has no PyTorch names"):
-        dpa_jax.models.params_from_torch(dpa_jax.models.create("resnet18", 10), {})
+        dpa_jax.models.variables_from_torch(dpa_jax.models.create("resnet18", 10), {})
