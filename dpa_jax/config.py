@@ -77,6 +77,9 @@ _jitter = _must(
 )
 
 
+_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+
+
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
     for name, value in coefficients.items():
         check_choice("config", f"a key of {path}", name, default_coefficients())
@@ -101,6 +104,8 @@ def _keys() -> dict[str, Any]:
         # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
         "model": Key("vit"),
         "model_options": Key({}),
+        # A file of PyTorch's weights for this architecture, .pth or .safetensors, that a run begins with; empty: none.
+        "init_from": Key("", _file),
         # Examples in a training batch and in an evaluation batch, over all devices together.
         "batch_size": Key(256, _count(1)),
         "eval_batch_size": Key(256, _count(1)),
