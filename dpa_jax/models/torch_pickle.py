@@ -6,6 +6,7 @@ makes dicts, lists, tuples, texts, numbers and descriptions of tensors of them; 
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,23 +81,20 @@ def unpickle(stream: io.BytesIO, storages: dict[str, Storage] | None = None) -> 
     Raises:
         ValueError: for a pickle that is damaged, too long, or asks for what is not admitted, which is named.
     """
-    machine, operations = _Machine(storages), pickletools.genops(stream)
+    machine = _Machine(storages)
     try:
-        while machine.left > 0:
-            operation, argument, _ = next(operations)
-            if operation.name == "STOP":
-                return machine.stack.pop()
-            machine.step(operation.name, argument)
+        # pickletools decodes escapes, and Python warns of unknown ones.
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            return machine.run(stream)
     except _RefusedError as error:
         raise ValueError(str(error)) from error
     # What pickletools raises, and Python where the stack or the memo lacks what an operation takes.
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"it is damaged or was not downloaded to its end: {error}") from error
-    raise ValueError(f"its pickle has more than {_MAX_OPERATIONS} operations; a state dict has far fewer")
 
 
 class _RefusedError(ValueError):
-    """The pickle is whole, and asks for what is not admitted."""
+    """The pickle asks for what is not admitted."""
 
 
 class _Machine:
@@ -108,6 +106,17 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.storages = {} if storages is None else storages
         self.left = _MAX_OPERATIONS
+
+    def run(self, stream: io.BytesIO) -> Any:
+        """Carries out all operations, and returns what is on top then."""
+        for operation, argument, _ in pickletools.genops(stream):
+            if operation.name == "STOP":
+                return self.stack.pop()
+            if self.left <= 0:
+                raise _RefusedError(
+                    f"its pickle has more than {_MAX_OPERATIONS} operations; a state dict has far fewer"
+                )
+            self.step(operation.name, argument)
 
     def step(self, name: str, argument: Any) -> None:
         """Carries out one operation."""

@@ -77,7 +77,7 @@ def _arrays(tree: Any, blocks: Blocks, file_size: int) -> dict[str, Any]:
     """The state dict with arrays for its tensors; each of them is at most as large as the file."""
     found, loaded = state_dict(tree), dict[Storage, bytes]()
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        keys = ", ".join(str(key)[:40] for key in list(found)[:8]) if isinstance(found, dict) else ""
+        keys = ", ".join(repr(key)[:40] for key in list(found)[:8]) if isinstance(found, dict) else ""
         raise ValueError(
             f"it has no tensors by their names, nor has what is under {', '.join(_NESTED)}; it is a "
             f"{type(found).__name__}{keys and f' with the keys {keys}'}"
@@ -118,10 +118,10 @@ def _read_zip(data: bytes) -> tuple[Any, Blocks]:
     def content(name: str) -> bytes:
         info = members.get(prefix + name)
         if info is None:
-            raise ValueError(f"{_CUT}: {name[:80]} is missing")
+            raise ValueError(f"{_CUT}: {name[:80]!r} is missing")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size > len(data):
             raise ValueError(
-                f"its {name[:80]} is compressed, encrypted or larger than the file; torch.save writes none"
+                f"its {name[:80]!r} is compressed, encrypted or larger than the file; torch.save writes none"
             )
         try:
             return archive.read(info)
@@ -131,7 +131,7 @@ def _read_zip(data: bytes) -> tuple[Any, Blocks]:
     def block(storage: Storage) -> bytes:
         found = content(f"data/{storage.key}")
         if len(found) != storage.size * storage.dtype.itemsize:
-            raise ValueError(f"{_CUT}: data/{storage.key[:80]} has {len(found)} bytes for {storage.size} numbers")
+            raise ValueError(f"{_CUT}: storage {storage.key[:80]!r} has {len(found)} bytes for {storage.size} numbers")
         return found
 
     if f"{prefix}byteorder" in members and content("byteorder") != b"little":
@@ -165,7 +165,7 @@ def _read_old(data: bytes) -> tuple[Any, Blocks]:
         size = storage.size * storage.dtype.itemsize
         start = starts.get(storage.key, len(data))
         if start + size > len(data):
-            raise ValueError(f"{_CUT}: storage {storage.key[:80]} is not there")
+            raise ValueError(f"{_CUT}: storage {storage.key[:80]!r} is not there")
         return data[start : start + size]
 
     return tree, block
