@@ -105,7 +105,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
         stacked = np.asarray(given[path])
         if stacked.shape != leaf.shape:
             raise ValueError(f"to_torch: {path!r} has shape {stacked.shape}; {owner} wants {leaf.shape}")
-        name = torch_name(path, model.torch_names)
+        name = _name(model, path)
         for layer, array in enumerate(stacked if "*" in name else [stacked]):
             result[name.replace("*", str(layer))] = np.ascontiguousarray(_to_torch(model, path, array))
     if unknown := [path for path in given if path not in wanted]:
@@ -173,15 +173,11 @@ def put(arrays: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, An
 
 
 def torch_name(path: str, names: Mapping[str, str]) -> str:
-    """PyTorch's name of a variable: "params/blocks/norm1/scale" is "blocks.*.norm1.weight" by ``torch_names``."""
-    collection, dotted = path.split("/")[0], _dotted(path)
-    if dotted in names:
-        return names[dotted]
-    module, _, leaf = dotted.rpartition(".")
-    if collection == "batch_stats":
-        leaf = {"mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
-    else:
-        leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    """PyTorch's name of a parameter by a model's ``torch_names``: "blocks.norm1.scale" is "blocks.*.norm1.weight"."""
+    if path in names:
+        return names[path]
+    module, _, leaf = path.rpartition(".")
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     known = max((ours for ours in names if f"{module}.".startswith(f"{ours}.")), key=len, default="")
     return f"{names.get(known, known)}{module.removeprefix(known)}.{leaf}"
 
@@ -205,11 +201,20 @@ def _dotted(path: str) -> str:
     return path.partition("/")[2].replace("/", ".")
 
 
+def _name(model: nn.Module, path: str) -> str:
+    """PyTorch's name of a variable."""
+    name = torch_name(_dotted(path), model.torch_names)
+    if not path.startswith("batch_stats/"):
+        return name
+    module, dot, leaf = name.rpartition(".")
+    return module + dot + {"mean": "running_mean", "var": "running_var"}.get(leaf, leaf)
+
+
 def _places(model: nn.Module, wanted: Mapping[str, Any]) -> dict[str, _Place]:
     """{PyTorch's name: its place}, the layers of a stack in order."""
     places: dict[str, _Place] = {}
     for path, leaf in wanted.items():
-        name = torch_name(path, model.torch_names)
+        name = _name(model, path)
         layers = range(leaf.shape[0]) if "*" in name else [0]
         place = _Place(path, _torch_shape(path, leaf.shape["*" in name :]))
         places |= {name.replace("*", str(layer)): place for layer in layers}
