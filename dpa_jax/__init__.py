@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Mechanism,
         Variable,
         activation,
+        apply_updates,
         diagnose,
         penalties,
         register,
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
         swap,
     )
 
-__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation", "diagnose"]
-__all__ += ["penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
+__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation"]
+__all__ += ["apply_updates", "diagnose", "penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
 __all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpa_jax.config import default_config, validate
+from dpa_jax.config import default_config, each_key, validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -137,7 +137,11 @@ def test_command_line_refuses(override, message):
         ("optimizer.momentum", 1.1, r"optimizer\.momentum must be in \[0\.0, 1\.0\]; got 1\.1"),
         ("optimizer.beta2", 1.0, r"optimizer\.beta2 must be in \[0, 1\); got 1\.0"),
         ("schedule.name", "cosin", r"schedule\.name must be one of .*Did you mean 'cosine'\?"),
-        ("schedule.warmup_epochs", 301, r"schedule\.warmup_epochs must be at most epochs; got 301 of 300"),
+        (
+            "schedule.warmup_epochs",
+            150,
+            r"schedule\.warmup_epochs must be less than half of .*got 150 of 300.* 0 to 149$",
+        ),
         ("schedule.milestones", (5, 3), r"schedule\.milestones must be whole numbers of epochs, rising"),
         ("schedule.milestones", (0.5,), r"schedule\.milestones must be whole numbers of epochs, rising"),
         ("schedule.min_learning_rate", 0.1, r"schedule\.min_learning_rate must be in \[0\.0, 0\.001\]"),
@@ -189,6 +193,12 @@ def test_validate_refuses(path, value, message):
             r"augment\.cutmix mixes pairs of images; got 1\.0 with batch_size 1",
         ),
         ({"schedule": {"warmup_epochs": 1, "warmup_learning_rate": 1.0}}, r"schedule\.warmup_learning_rate must be in"),
+        # From its highest rate the cosine would drop to its lowest in one step.
+        ({"epochs": 6, "schedule": {"warmup_epochs": 3}}, r"less than half of epochs.*got 3 of 6, .* may be 0 to 2$"),
+        (
+            {"epochs": 6, "schedule": {"name": "step", "warmup_epochs": 6}},
+            r"must be less than epochs.*got 6 of 6, .* may be 0 to 5$",
+        ),
     ],
 )
 def test_validate_refuses_what_does_not_go_together(changes, message):
@@ -209,3 +219,15 @@ def test_validate_names_a_missing_key():
     del config["optimizer"]["beta1"]
     with pytest.raises(ValueError, match=r"the key optimizer\.beta1 is missing"):
         validate(config)
+
+
+def test_every_key_says_what_it_means():
+    values = default_config().to_dict()
+    for path, key in each_key():
+        assert key.about.endswith("."), path
+        *group, name = path.split(".")
+        assert (values[group[0]] if group else values).pop(name) == key.default
+    assert all(value == {} for value in values.values())  # there was nothing else
+
+
+# What a file has, and what is given with new epochs; what the schedule has then, and the note.

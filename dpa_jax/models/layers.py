@@ -118,15 +118,24 @@ def check_makes_modules(owner: str, name: str, factory: Any) -> None:
 
 
 def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:
-    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
-    bound = (size * size * in_features) ** -0.5
-    return nn.Conv(
-        features,
-        (size, size),
-        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
-        **options,
-    )
+    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in).
+
+    ``in_features`` are those of a group.
+    """
+    return nn.Conv(features, (size, size), **_uniform(size * size * in_features), **options)
+
+
+def uniform_dense(features: int, in_features: int, **options: Any) -> nn.Dense:
+    """A dense layer whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
+    return nn.Dense(features, **_uniform(in_features), **options)
+
+
+def _uniform(fan_in: int) -> dict[str, Any]:
+    bound = fan_in**-0.5
+    return {
+        "kernel_init": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        "bias_init": lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +207,7 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int = 2) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
@@ -206,7 +215,8 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[.
     compiles all of them, None is True, except on TPUs: ``benchmarks/scan.py`` compares the forms.
 
     A block is called as ``block(...)(x, own, labels, train)``, where ``own`` is its part of an array (or pytree) with a
-    leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules.
+    leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules. ``shared`` is the number
+    of arguments after ``own``.
     """
     if scan is None:
         scan = jax.default_backend() != "tpu"
@@ -214,44 +224,7 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[.
         block,
         variable_axes={True: 0},
         split_rngs={True: True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, *[nn.broadcast] * shared),
         length=length,
         unroll=1 if scan else length,
     )
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] -> [B, N, D]; one product makes queries, keys and values."""
-
-    num_heads: int
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Mixes the tokens of each sample."""
-        features = x.shape[-1]
-        qkv = Dense(3 * features, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, features // self.num_heads)
-        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        y = Dense(features, dtype=self.dtype, name="projection")(y.reshape(x.shape))
-        return nn.Dropout(self.dropout)(y, deterministic=not train)
-
-
-class Mlp(nn.Module):
-    """Dense, activation, Dense: [B, N, D] -> [B, N, D]; ``pool`` is what its activation pools by (`activate`)."""
-
-    hidden_dim: int
-    activation: Placement
-    pool: str
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
-        """Transforms each token."""
-        y = Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
-        y = self.activation(self, y, labels, train, pool=self.pool)
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
-        y = Dense(x.shape[-1], dtype=self.dtype, name="reduce")(y)
-        return nn.Dropout(self.dropout)(y, deterministic=not train)

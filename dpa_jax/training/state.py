@@ -49,8 +49,9 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     """
     check_choice("config", "mechanism", config.mechanism, [*ACTIVATIONS, "dnrt"])
     check_choice("config", "model", config.model, models.MODELS)
-    # DNRT is two things: RAA as the activation, and ARR behind the blocks.
-    name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
+    # DNRT is two things: RAA as every activation, and ARR behind the blocks.
+    dnrt = config.mechanism == "dnrt"
+    name, arr = ("raa", {"arr": True}) if dnrt else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
     given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
     # Follow from the data, and from how the run shares a batch among the devices.
@@ -61,7 +62,8 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     if "num_classes" in inspect.signature(mechanism).parameters:
         options["num_classes"] = num_classes
     given["activation"] = activation(name, **options)
-    return models.create(config.model, num_classes, **given, **config.model_options)
+    places = {"activation_places": "all"} if dnrt and "activation_places" in inspect.signature(model).parameters else {}
+    return models.create(config.model, num_classes, **given, **{**places, **config.model_options})
 
 
 def create_state(

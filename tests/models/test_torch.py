@@ -127,6 +127,11 @@ def test_what_is_wrong_on_the_way_back_is_named():
         to_torch(small(), variables)
 
 
+def test_a_model_without_pytorch_names_is_refused():
+    with pytest.raises(ValueError, match="Dense has no PyTorch names"):
+        variables_from_torch(nn.Dense(3), {})
+
+
 # ---------------- what is bridged ----------------
 
 
