@@ -79,6 +79,9 @@ _jitter = _must(
 )
 
 
+_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+
+
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
     for name, value in coefficients.items():
         check_choice("config", f"a key of {path}", name, default_coefficients())
@@ -111,6 +114,11 @@ def _keys() -> dict[str, Any]:
         "model": Key("vit", "The architecture, such as vit, vit_tiny_patch4_32 or resnet18; a wrong name lists all."),
         "model_options": Key(
             {}, "Sizes and options of the model, such as model_options.depth=4; a wrong one lists all."
+        ),
+        "init_from": Key(
+            "",
+            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with; empty: none.",
+            _file,
         ),
         "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
         "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
