@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.linen import module as linen_module
+from jax.sharding import PartitionSpec
 
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.penalties import RECORDS, Record, Summary
+from dpa_jax.activations.sharding import on_auto_axes, spec, spec_of_samples
 from dpa_jax.activations.supervision import supervised
 from dpa_jax.checks import INT32, check_choice, check_input, check_labels, check_sizes
 
@@ -227,7 +229,12 @@ class Mechanism(nn.Module):
         if labels is not None:
             labels = check_labels(owner, x, labels, rows)
         state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
-        y, new, seen = self.observe(x, labels, state, train, pool)
+
+        def observe(x: jax.Array, labels: Any, state: State) -> Observed:
+            return self.observe(x, labels, state, train, pool)
+
+        specs = functools.partial(_specs, x, state, rows)
+        y, new, seen = on_auto_axes(observe, x, labels, state, specs=specs)
         settings = self.clone(parent=None, name=None)
         return y, new if train else {}, Record(settings, seen, jnp.zeros((), jnp.float32))
 
@@ -252,6 +259,14 @@ class Mechanism(nn.Module):
         earlier = self.get_variable(RECORDS, "record") if self.has_variable(RECORDS, "record") else None
         records = earlier.records if earlier is not None and earlier.call.model() is model() else ()
         self.put_variable(RECORDS, "record", _Recorded((*records, record), _Call(model)))
+
+
+def _specs(x: jax.Array, state: State, rows_per_sample: int, observed: Observed) -> Any:
+    """How what `Mechanism.observe` returned is spread over Explicit axes: like ``x``, the state, and the samples."""
+    _, new, seen = observed
+    over, samples = spec_of_samples(x, rows_per_sample), x.shape[0] // rows_per_sample
+    seen = jax.tree.map(lambda leaf: over if jnp.shape(leaf)[:1] == (samples,) else PartitionSpec(), seen)
+    return spec(x), {key: spec(state[key]) for key in new}, seen
 
 
 def outermost_module() -> nn.Module:
