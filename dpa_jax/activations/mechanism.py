@@ -274,6 +274,11 @@ def outermost_module() -> nn.Module:
     return next(module for module in linen_module._context.module_stack if module is not None)
 
 
+def innermost_module() -> nn.Module:
+    """The module whose method is running."""
+    return linen_module._context.module_stack[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """Which ``apply`` records were made in. Equal to any other: it must not make JAX compile anew."""
