@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.linen import module as linen_module
+from jax.sharding import PartitionSpec
 
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.penalties import RECORDS, Record, Summary
+from dpa_jax.activations.sharding import on_auto_axes, spec, spec_of_samples
 from dpa_jax.activations.supervision import supervised
 from dpa_jax.checks import INT32, check_choice, check_input, check_labels, check_sizes
 
@@ -235,7 +237,12 @@ class Mechanism(nn.Module):
         if labels is not None:
             labels = check_labels(owner, x, labels, rows)
         state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
-        y, new, seen = self.observe(x, labels, state, train, pool)
+
+        def observe(x: jax.Array, labels: Any, state: State) -> Observed:
+            return self.observe(x, labels, state, train, pool)
+
+        specs = functools.partial(_specs, x, state, rows)
+        y, new, seen = on_auto_axes(observe, x, labels, state, specs=specs)
         settings = self.clone(parent=None, name=None)
         return y, new if train else {}, Record(settings, seen, labels, jnp.zeros((), jnp.float32))
 
@@ -261,9 +268,22 @@ class Mechanism(nn.Module):
         return found if found is not None and found.call.model() is model() else _Recorded((), {}, _Call(model))
 
 
+def _specs(x: jax.Array, state: State, rows_per_sample: int, observed: Observed) -> Any:
+    """How what `Mechanism.observe` returned is spread over Explicit axes: like ``x``, the state, and the samples."""
+    _, new, seen = observed
+    over, samples = spec_of_samples(x, rows_per_sample), x.shape[0] // rows_per_sample
+    seen = jax.tree.map(lambda leaf: over if jnp.shape(leaf)[:1] == (samples,) else PartitionSpec(), seen)
+    return spec(x), {key: spec(state[key]) for key in new}, seen
+
+
 def outermost_module() -> nn.Module:
     """The module whose ``apply`` is running. Flax makes it anew for each ``apply``, and keeps it nowhere public."""
     return next(module for module in linen_module._context.module_stack if module is not None)
+
+
+def innermost_module() -> nn.Module:
+    """The module whose method is running."""
+    return linen_module._context.module_stack[-1]
 
 
 @dataclasses.dataclass(frozen=True)
