@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Mechanism,
         Variable,
         activation,
+        current_labels,
         diagnose,
         penalties,
         register,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation", "diagnose"]
-__all__ += ["penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
+__all__ += ["current_labels", "penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
 __all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 
