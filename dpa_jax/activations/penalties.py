@@ -40,12 +40,12 @@ class Ratio:
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)
 
-    def share(self, axis_name: str | None) -> Ratio:
+    def share(self, axis_name: str | tuple | None) -> Ratio:
         """This device's share of the ratio over all devices: the mean of the shares is the whole, gradient included.
 
         A mean over devices is what loss and gradients get anyway. The gradient is the total's; counts have none.
         """
-        if axis_name is None:
+        if axis_name in (None, ()):
             return self
         count = jax.lax.psum(jax.lax.stop_gradient(self.count), axis_name)
         return Ratio(self.total * jax.lax.axis_size(axis_name), count)
