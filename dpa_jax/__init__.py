@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Mechanism,
         Variable,
         activation,
+        apply_updates,
         current_labels,
         diagnose,
         penalties,
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
         swap,
     )
 
-__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation", "diagnose"]
-__all__ += ["current_labels", "penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
+__all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation"]
+__all__ += ["apply_updates", "current_labels", "diagnose", "penalties", "register", "reset_counters", "summarize"]
+__all__ += ["supervise", "swap"]
 __all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 

@@ -12,8 +12,10 @@ A module with a command defines its flags in a function, so that importing it de
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
+import operator
 import os
 import pathlib
 import re
@@ -62,11 +64,16 @@ def run(
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         options = parse(define_flags, argv, default_config=default_config)
-        if options.help:
-            print(inspect.getdoc(inspect.getmodule(main)), options.get_help(), sep="\n")
+        if options.help or options.helpfull:
+            tell(_help(inspect.getdoc(inspect.getmodule(define_flags)) or "", options, default_config))
         elif options.config is None:
             raise ValueError("--config is missing, the configuration file")
+        elif options.print_config:
+            tell("\n".join(f"config.{path} = {value!r}" for path, _, value in _values(options.config)))
         else:
+            if options.note:
+                with contextlib.suppress(OSError):  # nobody reads it
+                    print(options.note, file=sys.stderr, flush=True)
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
             with _no_interrupt_lost():
                 main(options)
@@ -102,7 +109,8 @@ def _no_interrupt_lost() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        if sys.unraisablehook is hook:  # what a failed save puts on top has to outlast the program
+            sys.unraisablehook = before
 
 
 def tell(text: str) -> None:
@@ -128,11 +136,15 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
     """The values of a command line's flags; as `run`, but mistakes raise ValueError."""
     from ml_collections import config_flags
 
-    from dpa_jax.config import check_key
+    from dpa_jax.config import check_key, follow_epochs
 
     options = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=options)
     define_flags(options)
+    resolved = "Print the configuration with every change in it, as a configuration file sets it, and end."
+    flags.DEFINE_bool("print_config", False, resolved, flag_values=options)
+    flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=options)
+    flags.DEFINE_bool("helpfull", False, "Show this help and absl's own flags.", flag_values=options)
+    vars(options)["note"] = ""
     about = "The configuration file, or the name of one that comes with dpa_jax."
     override = re.compile(r"--?(?:no)?config\.([^=]*)")
     for found in filter(None, map(override.match, argv[1:])):
@@ -150,8 +162,11 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
         if name is not None:
             # The configuration's own lock refuses unknown keys, but where any key is meant to be possible.
             unlocked = {"lock_config": False, "accept_new_attributes": True}
+            before = config.copy_and_resolve_references()
             config_flags.DEFINE_config_dict("config", config, about, options, sys_argv=argv, **unlocked)
         arguments = options(argv)
+        if name is not None and "epochs" in (given := config_flags.get_override_values(options["config"])):
+            vars(options)["note"] = follow_epochs(options.config, before, given)
     except (RecursionError, MemoryError) as error:
         some = ", ".join(argument[:60] for argument in argv[1:])
         raise ValueError(f"one of these arguments is too long, or nested too deeply: {some}") from error
@@ -179,14 +194,17 @@ def find_config(name: str) -> pathlib.Path:
     The latter's names are ``cifar100_vit`` or, as a clone has it, ``configs/cifar100_vit.py``. Raises ValueError if
     there is none; the message names those that come with dpa_jax.
     """
-    folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
-    own = {file.stem: file for file in sorted(folder.glob("*.py"))}
-    path = pathlib.Path(name)
+    own, path = _own_configs(), pathlib.Path(name)
     if os.path.isfile(path):  # False, too, for what no file can be called
         return path
     if path.stem in own and name in (path.stem, f"configs/{path.stem}.py"):
         return own[path.stem]
     raise ValueError(f"--config: there is no file {name}; the configurations of dpa_jax are {', '.join(own)}")
+
+
+def _own_configs() -> dict[str, pathlib.Path]:
+    folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
 
 
 def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path:
@@ -236,6 +254,51 @@ def load_config(path: pathlib.Path) -> ConfigDict:
         kind = "" if isinstance(error, AttributeError | TypeError | ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{where}: {kind}{_gist(error)}") from error
     return config
+
+
+# ---------------- What a command line shows of itself ----------------
+
+
+def _help(about: str, options: flags.FlagValues, default: str | None) -> str:
+    """What a command does, its flags, and every key of the configuration with its value and its meaning."""
+    from dpa_jax.config import default_config
+
+    def entry(name: str, text: str) -> str:
+        return f"  {name}\n{flags.text_wrap(text, indent=' ' * 6)}"
+
+    which = f"default: {default}" if default else "must be given"
+    lines = [
+        about,
+        "",
+        "Flags:",
+        entry("--config=NAME", f"The configuration: a file, or one of {', '.join(_own_configs())} ({which})."),
+        entry("--config.KEY=VALUE", "Changes a key of the configuration; the keys are below."),
+    ]
+    for name in options:
+        flag = options[name]
+        if name == flag.name and name.split(".")[0] != "config":
+            short = f"-{flag.short_name}, " if flag.short_name else ""
+            kind = {"string": "=TEXT", "int": "=N"}.get(flag.flag_type(), "")
+            usual = "" if flag.boolean or flag.default is None else f" (default: {flag.default})"
+            lines.append(entry(f"{short}--{name}{kind}", f"{flag.help}{usual}"))
+    if options.helpfull:
+        lines += ["", "absl's own flags:", flags.FlagValues().get_help("  ")]
+    lines += ["", "Keys of the configuration, with their values:"]
+    for path, meaning, value in _values(default_config() if options.config is None else options.config):
+        given = {f"{path}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {path: value}
+        shown = "\n  ".join(f"--config.{name}={inner}" for name, inner in given.items())
+        lines.append(entry(shown or f"--config.{path}.OPTION=VALUE", meaning))
+    return "\n".join(lines)
+
+
+def _values(config: ConfigDict) -> Iterator[tuple[str, str, Any]]:
+    """The name, the meaning and the value of every key; ValueError for a configuration that is not valid."""
+    from dpa_jax.config import each_key, validate
+
+    validate(config)
+    values = config.to_dict()
+    for path, key in each_key():
+        yield path, key.about, functools.reduce(operator.getitem, path.split("."), values)
 
 
 def _without_config(argv: list[str]) -> tuple[list[str], str | None]:

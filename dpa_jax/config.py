@@ -1,4 +1,4 @@
-"""The configuration of a run: every key with its default and its check.
+"""The configuration of a run: every key with its default, its meaning and its check.
 
 A configuration file starts from `default_config` and changes keys; the command line changes them again::
 
@@ -11,7 +11,7 @@ A configuration file starts from `default_config` and changes keys; the command 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -31,6 +31,8 @@ class Key(NamedTuple):
 
     # Decides the type. A dict is a group of any keys: the activation, the model and the loss say which they know.
     default: Any
+    # What it means, for the help of the command line.
+    about: str
     # Refuses values that make no sense.
     check: Check = lambda path, value: None
     # Whether another value gives other figures; if so, a run cannot go on with it unasked.
@@ -93,119 +95,182 @@ def _known_keys(path: str, text: str) -> None:
 def _keys() -> dict[str, Any]:
     """Every key by name; a dict is a group of keys."""
     return {
-        # A name that `dpa_jax.activation` knows, or dnrt (RAA, with ARR behind every block); the options it has.
-        "mechanism": Key("dpa"),
-        "mechanism_options": Key({}),
-        # The weight of each penalty in the loss. The mechanism may lack one: it is what the command line changes.
-        "coefficients": Key(default_coefficients(), _coefficients),
-        # The architecture: a name that `dpa_jax.models.create` knows, and its sizes.
-        "model": Key("vit"),
-        "model_options": Key({}),
-        # Examples in a training batch and in an evaluation batch, over all devices together.
-        "batch_size": Key(256, _count(1)),
-        "eval_batch_size": Key(256, _count(1)),
-        # How often the training set is gone through.
-        "epochs": Key(300, _count(1)),
-        # Of the initial parameters, the order of the examples, augmentation and dropout.
-        "seed": Key(0, _range(0, MAX_SEED)),
-        # The share of the target that is spread evenly over all classes.
-        "label_smoothing": Key(0.0, _range(0.0, 1.0)),
-        # What the model computes in; parameters, memories and the loss are float32 always.
-        "precision": Key("float32", _one_of("float32", "bfloat16")),
-        # Gradients are scaled down to this global norm; 0 leaves them as they are.
-        "clip_norm": Key(1.0, _range(0.0)),
+        "mechanism": Key(
+            "dpa", "dpa, aiec, dnrt (RAA, with ARR behind every block), or an activation's name; a wrong one lists all."
+        ),
+        "mechanism_options": Key(
+            {}, "Options of the mechanism, such as mechanism_options.tau=0.1 for dpa; a wrong one lists all."
+        ),
+        # The mechanism may lack some of these penalties: it is what the command line changes.
+        "coefficients": Key(
+            default_coefficients(),
+            "The weight of each penalty in the loss, such as coefficients.channel=5. Those of penalties that the "
+            "mechanism does not have do nothing.",
+            _coefficients,
+        ),
+        "model": Key("vit", "The architecture, such as vit, vit_tiny_patch4_32 or resnet18; a wrong name lists all."),
+        "model_options": Key(
+            {}, "Sizes and options of the model, such as model_options.depth=4; a wrong one lists all."
+        ),
+        "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
+        "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
+        "epochs": Key(
+            300,
+            "How often the training set is gone through. Changed on the command line, the schedule's numbers of "
+            "epochs change with it, in proportion, but for those that are given there as well.",
+            _count(1),
+        ),
+        "seed": Key(
+            0, "Decides initial parameters, order of the examples, augmentation and dropout.", _range(0, MAX_SEED)
+        ),
+        "label_smoothing": Key(
+            0.0, "The share of the target that is spread evenly over all classes.", _range(0.0, 1.0)
+        ),
+        "precision": Key(
+            "float32",
+            "What the model computes in, float32 or bfloat16. Parameters, memories and the loss are float32 always.",
+            _one_of("float32", "bfloat16"),
+        ),
+        "clip_norm": Key(1.0, "Gradients are scaled down to this global norm; 0 leaves them as they are.", _range(0.0)),
         "optimizer": {
-            "name": Key("adamw", _one_of(*OPTIMIZERS)),
-            # The highest rate; the schedule leads to it and down from it.
-            "learning_rate": Key(1e-3, _positive),
-            # On every parameter: decoupled for adamw, added to the gradient for the others.
-            "weight_decay": Key(0.05, _range(0.0)),
-            # adamw and adam: decay of the running mean of gradients.
-            "beta1": Key(0.9, _decay),
-            # adamw, adam and rmsprop: decay of the running mean of squared gradients.
-            "beta2": Key(0.999, _decay),
-            # adamw, adam and rmsprop: added to the root of that mean.
-            "eps": Key(1e-8, _positive),
-            # sgd and rmsprop.
-            "momentum": Key(0.9, _range(0.0, 1.0)),
+            "name": Key("adamw", f"One of {', '.join(OPTIMIZERS)}.", _one_of(*OPTIMIZERS)),
+            "learning_rate": Key(1e-3, "The highest rate; the schedule leads to it and down from it.", _positive),
+            "weight_decay": Key(
+                0.05, "On every parameter: decoupled for adamw, added to the gradient for the others.", _range(0.0)
+            ),
+            "beta1": Key(0.9, "adamw, adam: decay of the running mean of gradients.", _decay),
+            "beta2": Key(0.999, "adamw, adam, rmsprop: decay of the running mean of squared gradients.", _decay),
+            "eps": Key(1e-8, "adamw, adam, rmsprop: added to the root of that mean.", _positive),
+            "momentum": Key(0.9, "sgd, rmsprop: momentum.", _range(0.0, 1.0)),
         },
         "schedule": {
-            "name": Key("cosine", _one_of(*SCHEDULES)),
-            # Epochs over which the rate rises from warmup_learning_rate to optimizer.learning_rate.
-            "warmup_epochs": Key(0, _count(0)),
-            "warmup_learning_rate": Key(1e-6, _range(0.0)),
-            # cosine: the rate at the end.
-            "min_learning_rate": Key(0.0, _range(0.0)),
-            # step: the rate falls by gamma each time so many epochs after the warm-up have passed.
-            "step_epochs": Key(30, _count(1)),
-            # multistep: the same after each of these numbers of epochs; those that never come do nothing.
-            "milestones": Key((150, 225), _rising),
-            "gamma": Key(0.1, _positive),
+            "name": Key("cosine", f"One of {', '.join(SCHEDULES)}.", _one_of(*SCHEDULES)),
+            "warmup_epochs": Key(0, "Epochs over which the rate rises to optimizer.learning_rate; 0: none.", _count(0)),
+            "warmup_learning_rate": Key(1e-6, "The rate that the warm-up begins with.", _range(0.0)),
+            "min_learning_rate": Key(
+                0.0, "cosine: the rate at the end. It is reached warmup_epochs before the last epoch.", _range(0.0)
+            ),
+            "step_epochs": Key(
+                30, "step: the rate falls by gamma each time so many epochs after the warm-up have passed.", _count(1)
+            ),
+            "milestones": Key(
+                (150, 225),
+                "multistep: the rate falls by gamma after each of these numbers of epochs, counted from the warm-up's "
+                "end; those that never come do nothing.",
+                _rising,
+            ),
+            "gamma": Key(0.1, "step, multistep: what the rate is multiplied with.", _positive),
         },
         "data": {
-            # A source that `dpa_jax.data.sources` knows, or tfds:NAME for a set that TFDS has prepared.
-            "name": Key("digits"),
-            # The folder to look in; empty: the usual places.
-            "dir": Key("", changes_figures=False),
-            # Fetch what is missing.
-            "download": Key(False, changes_figures=False),
-            # synthetic: what is made.
-            "image_size": Key(32, _count(1, MAX_SIZE)),
-            "channels": Key(3, _count(1, MAX_SIZE)),
-            "num_classes": Key(10, _count(1)),
-            "train_examples": Key(2048, _count(1)),
-            "test_examples": Key(512, _count(1)),
-            # Where the images are kept: on the device, in the host's memory, or wherever they fit. Images in files are
-            # cut with other draws on the device than on the host.
-            "resident": Key("auto", _one_of("auto", "device", "host")),
-            # Per channel, of images scaled to [0, 1]; empty: the source's own.
-            "mean": Key((), _means),
-            "std": Key((), _deviations),
-            # How many times more training images the first class keeps than the last (a long tail); 1: all stay.
-            "imbalance": Key(1.0, _range(1.0)),
-            # Images that are read at every step: processes that decode them; 0: threads of this one.
-            "workers": Key(0, _count(0, 1024), changes_figures=False),
-            # An image that can't be decoded: refuse (stop and name it) or replace (warn and take the next).
-            "corrupt": Key("refuse", _one_of("refuse", "replace"), changes_figures=False),
+            "name": Key(
+                "digits",
+                "The data set: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet, synthetic, or "
+                "tfds:NAME for a set that TFDS has prepared.",
+            ),
+            "dir": Key("", "The folder to look in; empty: the usual places.", changes_figures=False),
+            "download": Key(False, "Fetch what is missing.", changes_figures=False),
+            "image_size": Key(32, "synthetic: width and height.", _count(1, MAX_SIZE)),
+            "channels": Key(3, "synthetic: channels.", _count(1, MAX_SIZE)),
+            "num_classes": Key(10, "synthetic: classes.", _count(1)),
+            "train_examples": Key(2048, "synthetic: training examples.", _count(1)),
+            "test_examples": Key(512, "synthetic: evaluation examples.", _count(1)),
+            "resident": Key(
+                "auto",
+                "Where the images are kept: on the device, in the host's memory, or (auto) wherever they fit. Images "
+                "in files are cut with other draws on the device than on the host.",
+                _one_of("auto", "device", "host"),
+            ),
+            "mean": Key((), "Per channel, of images scaled to [0, 1]; empty: the source's own.", _means),
+            "std": Key((), "The standard deviation, likewise.", _deviations),
+            "imbalance": Key(
+                1.0,
+                "How many times more training images the first class keeps than the last (a long tail); 1: all stay.",
+                _range(1.0),
+            ),
+            "workers": Key(
+                0,
+                "Images that are read at every step: processes that decode them; 0: threads of this one.",
+                _count(0, 1024),
+                changes_figures=False,
+            ),
+            "corrupt": Key(
+                "refuse",
+                "An image that cannot be decoded: refuse (stop and name it) or replace (warn and take the next).",
+                _one_of("refuse", "replace"),
+                changes_figures=False,
+            ),
         },
         "augment": {
-            # The width and height that the model gets; 0: as the images are stored.
-            "image_size": Key(0, _count(0, MAX_SIZE)),
-            # Training: none, pad (random crop of the padded image), resized (random resized crop).
-            "crop": Key("none", _one_of("none", "pad", "resized")),
-            # pad: pixels added on each side.
-            "padding": Key(4, _count(0)),
-            # resized: the share of the area and the width-to-height ratio that are drawn from.
-            "scale": Key((0.08, 1.0), _shares),
-            "ratio": Key((3 / 4, 4 / 3), _interval),
-            "interpolation": Key("random", _one_of("bilinear", "bicubic", "random")),
-            # The probability of a horizontal flip.
-            "flip": Key(0.0, _range(0.0, 1.0)),
-            # Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none.
-            "rand_augment": Key(""),
-            # How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.
-            "color_jitter": Key((0.0, 0.0, 0.0, 0.0), _jitter),
-            # The probability that a rectangle becomes noise.
-            "erase": Key(0.0, _range(0.0, 1.0)),
-            # Pairs of images are mixed, weighed by a draw from Beta(alpha, alpha); 0: none. With both, either.
-            "mixup": Key(0.0, _range(0.0)),
-            "cutmix": Key(0.0, _range(0.0)),
-            # Evaluation: resize to this before the centre crop; 0: no resize.
-            "eval_resize": Key(0, _count(0, MAX_SIZE)),
+            "image_size": Key(
+                0, "The width and height that the model gets; 0: as the images are stored.", _count(0, MAX_SIZE)
+            ),
+            "crop": Key(
+                "none",
+                "Training: none, pad (random crop of the padded image) or resized (random resized crop).",
+                _one_of("none", "pad", "resized"),
+            ),
+            "padding": Key(4, "pad: pixels added on each side.", _count(0)),
+            "scale": Key((0.08, 1.0), "resized: the share of the area, drawn from (low, high).", _shares),
+            "ratio": Key((3 / 4, 4 / 3), "resized: the width over the height, drawn from (low, high).", _interval),
+            "interpolation": Key(
+                "random",
+                "resized: bilinear, bicubic, or random, either for each image.",
+                _one_of("bilinear", "bicubic", "random"),
+            ),
+            "flip": Key(0.0, "The probability of a horizontal flip.", _range(0.0, 1.0)),
+            "rand_augment": Key("", "Random operations in timm's words, like rand-m9-mstd0.5-inc1; empty: none."),
+            "color_jitter": Key(
+                (0.0, 0.0, 0.0, 0.0),
+                "How far brightness, contrast and saturation (factors 1 - x .. 1 + x) and hue (-x .. x turns) may go.",
+                _jitter,
+            ),
+            "erase": Key(0.0, "The probability that a rectangle becomes noise.", _range(0.0, 1.0)),
+            "mixup": Key(
+                0.0,
+                "Pairs of images are mixed, weighed by a draw from Beta(mixup, mixup); 0: none. With cutmix too, a "
+                "batch gets one of the two.",
+                _range(0.0),
+            ),
+            "cutmix": Key(
+                0.0,
+                "A rectangle of one image is put into another, its area by Beta(cutmix, cutmix); 0: none.",
+                _range(0.0),
+            ),
+            "eval_resize": Key(
+                0, "Evaluation: resize to this before the centre crop; 0: no resize.", _count(0, MAX_SIZE)
+            ),
         },
         "checkpoint": {
-            # How many of the latest are kept, beside the best.
-            "keep": Key(3, _count(1), changes_figures=False),
-            # Steps between them; 0: at the end of each epoch only.
-            "every_steps": Key(0, _count(0), changes_figures=False),
+            "keep": Key(
+                3, "How many of the latest checkpoints are kept, beside the best.", _count(1), changes_figures=False
+            ),
+            "every_steps": Key(
+                0, "Steps between checkpoints; 0: at the end of each epoch only.", _count(0), changes_figures=False
+            ),
         },
-        # Epochs between evaluations; the last epoch is always followed by one.
-        "eval_every_epochs": Key(1, _count(1)),
-        # Seconds between progress lines where the output is not a terminal.
-        "log_every_seconds": Key(10.0, _range(0.0), changes_figures=False),
-        # Keys between commas that a run may go on with changed, although its figures change with them.
-        "allow_change": Key("", _known_keys, changes_figures=False),
+        "eval_every_epochs": Key(1, "Epochs between evaluations; the last epoch is always followed by one.", _count(1)),
+        "log_every_seconds": Key(
+            10.0,
+            "Seconds between progress lines where the output is not a terminal.",
+            _range(0.0),
+            changes_figures=False,
+        ),
+        "allow_change": Key(
+            "",
+            "Keys between commas that a run may go on with changed, although its figures change with them.",
+            _known_keys,
+            changes_figures=False,
+        ),
     }
+
+
+def each_key() -> Iterator[tuple[str, Key]]:
+    """All keys in the order of their definition, each by its name with dots."""
+    for name, key in _keys().items():
+        if isinstance(key, Key):
+            yield name, key
+        else:
+            yield from ((f"{name}.{inner}", of_group) for inner, of_group in key.items())
 
 
 def default_config() -> ConfigDict:
@@ -237,10 +302,11 @@ def validate(config: Mapping[str, Any]) -> None:
     _validate_group("", config, _keys())
     schedule, epochs, augment = config["schedule"], config["epochs"], config["augment"]
     warmup, highest = schedule["warmup_epochs"], config["optimizer"]["learning_rate"]
-    if warmup > epochs:
+    if warmup > (longest := _longest_warmup(schedule["name"], epochs)):
+        share = "half of epochs" if schedule["name"] == "cosine" else "epochs"
         raise ValueError(
-            f"config: schedule.warmup_epochs must be at most epochs; got {warmup} of {epochs}. Set both for a shorter "
-            f"run: --config.schedule.warmup_epochs={epochs}."
+            f"config: schedule.warmup_epochs must be less than {share}, so that the rate comes down from its highest; "
+            f"got {warmup} of {epochs}, where it may be {f'0 to {longest}' if longest else 'only 0'}"
         )
     for name in ("min_learning_rate", *(["warmup_learning_rate"] if warmup else [])):
         check_range("config", f"schedule.{name}", schedule[name], 0.0, highest)
@@ -252,6 +318,60 @@ def validate(config: Mapping[str, Any]) -> None:
     for name in ("mixup", "cutmix"):
         if augment[name] and config["batch_size"] == 1:
             raise ValueError(f"config: augment.{name} mixes pairs of images; got {augment[name]} with batch_size 1")
+
+
+# The keys of a schedule that are numbers of epochs, by its name.
+_LENGTHS = {
+    "cosine": ("warmup_epochs",),
+    "constant": ("warmup_epochs",),
+    "step": ("warmup_epochs", "step_epochs"),
+    "multistep": ("warmup_epochs", "milestones"),
+}
+
+
+def _longest_warmup(schedule: str, epochs: int) -> int:
+    # The cosine, counted from the first step on, takes the other epochs: with half of them it would be at its end
+    # when the warm-up is.
+    return (epochs - 1) // 2 if schedule == "cosine" else epochs - 1
+
+
+def follow_epochs(config: ConfigDict, before: ConfigDict, given: Container[str]) -> str:
+    """Gives the schedule's numbers of epochs the share of `epochs` that they had before `epochs` was changed.
+
+    Args:
+        config: what they are changed in; it need not be valid.
+        before: the same configuration before the change; where it is not valid, nothing is done.
+        given: the keys that were set together with `epochs`; these stay as they are.
+
+    Returns:
+        A note of what was changed; "" where nothing was.
+    """
+    try:
+        validate(before)
+    except ValueError:
+        return ""
+    old, new = before.epochs, config.epochs
+    if new < 1 or "schedule" in given:
+        return ""
+
+    def share(epochs: int, least: int, most: int = INT32) -> int:
+        return max(least, min(round(epochs * new / old), most))
+
+    changes = []
+    for name in _LENGTHS.get(config.schedule.name, ()):
+        value = config.schedule[name]
+        if f"schedule.{name}" in given or value != before.schedule[name]:  # the latter: it follows epochs by itself
+            continue
+        if name == "milestones":
+            now: Any = tuple(sorted({share(epochs, 1) for epochs in value}))
+        elif name == "step_epochs":
+            now = share(value, 1)
+        else:
+            now = share(value, 0, _longest_warmup(config.schedule.name, new))
+        if now != value:
+            config.schedule[name] = now
+            changes.append(f"schedule.{name} from {value} to {now}")
+    return f"note: epochs changed from {old} to {new}, and in proportion {', '.join(changes)}" if changes else ""
 
 
 def _validate_group(prefix: str, given: Any, keys: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ _RUN_PANELS = {
 }
 # Panels of a comparison: title and key. Cross-entropies, for losses have penalties of different weights.
 _COMPARISON_PANELS = {
-    "held-out top-1 (%)": "eval_top1",
-    "held-out cross-entropy": "eval_loss_cross_entropy",
-    "training cross-entropy": "loss_cross_entropy",
+    "eval top-1 (%)": "eval_top1",
+    "eval cross-entropy": "eval_loss_cross_entropy",
+    "train cross-entropy": "loss_cross_entropy",
     "masked channels (%)": "masked_fraction",
 }
 _COLOURS = ("#1b6ca8", "#d1495b", "#3c8d5a", "#c98a1b", "#7a5195", "#4d4d4d")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # JAX reads these when it is imported, so they come first.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +17,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import numpy as np
 import pytest
+
+# A shell's background jobs ignore Ctrl-C, and so would the programs that tests stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

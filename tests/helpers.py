@@ -1,5 +1,6 @@
-"""What several test files share: a configuration that trains in seconds, and a user's training step."""
+"""What several test files share: a configuration that trains in seconds, a user's training step, what a run tells."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -75,3 +76,9 @@ def train_step(apply, loss_of, rate=0.1, mean_loss=lambda loss: loss, mean_gradi
         return new, Seen(loss, outputs, summary.penalties(), summary, gradients.get("params"))
 
     return step
+
+
+def told(stderr, name=""):
+    """The lines of a run's output but for its header and its progress; ``name`` begins those of a comparison."""
+    usual = rf"({re.escape(name)}: )?((device|model|data|training|folder): |compiling |epoch )"
+    return [line for line in stderr.splitlines() if not re.match(usual, line)]

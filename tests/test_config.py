@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpa_jax.config import default_config, validate
+from dpa_jax.config import default_config, each_key, follow_epochs, validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -137,7 +137,11 @@ def test_command_line_refuses(override, message):
         ("optimizer.momentum", 1.1, r"optimizer\.momentum must be in \[0\.0, 1\.0\]; got 1\.1"),
         ("optimizer.beta2", 1.0, r"optimizer\.beta2 must be in \[0, 1\); got 1\.0"),
         ("schedule.name", "cosin", r"schedule\.name must be one of .*Did you mean 'cosine'\?"),
-        ("schedule.warmup_epochs", 301, r"schedule\.warmup_epochs must be at most epochs; got 301 of 300"),
+        (
+            "schedule.warmup_epochs",
+            150,
+            r"schedule\.warmup_epochs must be less than half of .*got 150 of 300.* 0 to 149$",
+        ),
         ("schedule.milestones", (5, 3), r"schedule\.milestones must be whole numbers of epochs, rising"),
         ("schedule.milestones", (0.5,), r"schedule\.milestones must be whole numbers of epochs, rising"),
         ("schedule.min_learning_rate", 0.1, r"schedule\.min_learning_rate must be in \[0\.0, 0\.001\]"),
@@ -189,6 +193,12 @@ def test_validate_refuses(path, value, message):
             r"augment\.cutmix mixes pairs of images; got 1\.0 with batch_size 1",
         ),
         ({"schedule": {"warmup_epochs": 1, "warmup_learning_rate": 1.0}}, r"schedule\.warmup_learning_rate must be in"),
+        # From its highest rate the cosine would drop to its lowest in one step.
+        ({"epochs": 6, "schedule": {"warmup_epochs": 3}}, r"less than half of epochs.*got 3 of 6, .* may be 0 to 2$"),
+        (
+            {"epochs": 6, "schedule": {"name": "step", "warmup_epochs": 6}},
+            r"must be less than epochs.*got 6 of 6, .* may be 0 to 5$",
+        ),
     ],
 )
 def test_validate_refuses_what_does_not_go_together(changes, message):
@@ -209,3 +219,61 @@ def test_validate_names_a_missing_key():
     del config["optimizer"]["beta1"]
     with pytest.raises(ValueError, match=r"the key optimizer\.beta1 is missing"):
         validate(config)
+
+
+def test_every_key_says_what_it_means():
+    values = default_config().to_dict()
+    for path, key in each_key():
+        assert key.about.endswith("."), path
+        *group, name = path.split(".")
+        assert (values[group[0]] if group else values).pop(name) == key.default
+    assert all(value == {} for value in values.values())  # there was nothing else
+
+
+# What a file has, and what is given with new epochs; what the schedule has then, and the note.
+FOLLOWED = [
+    ({"warmup_epochs": 5}, {"epochs": 12}, {"warmup_epochs": 1}, "schedule.warmup_epochs from 5 to 1"),
+    ({"warmup_epochs": 5}, {"epochs": 200}, {"warmup_epochs": 10}, "schedule.warmup_epochs from 5 to 10"),
+    ({"warmup_epochs": 5}, {"epochs": 1}, {"warmup_epochs": 0}, "schedule.warmup_epochs from 5 to 0"),
+    ({"warmup_epochs": 45}, {"epochs": 4}, {"warmup_epochs": 1}, "schedule.warmup_epochs from 45 to 1"),
+    ({"warmup_epochs": 5}, {"epochs": 100}, {"warmup_epochs": 5}, ""),
+    ({"warmup_epochs": 5}, {"epochs": 12, "schedule.warmup_epochs": 5}, {"warmup_epochs": 5}, ""),
+    ({"warmup_epochs": 0, "step_epochs": 30}, {"epochs": 12}, {"step_epochs": 30}, ""),  # the cosine has no steps
+    (
+        {"name": "step", "warmup_epochs": 10, "step_epochs": 30},
+        {"epochs": 10},
+        {"warmup_epochs": 1, "step_epochs": 3},
+        "schedule.warmup_epochs from 10 to 1, schedule.step_epochs from 30 to 3",
+    ),
+    ({"step_epochs": 30}, {"epochs": 2, "schedule.name": "step"}, {"step_epochs": 1}, "step_epochs from 30 to 1"),
+    (
+        {"name": "multistep", "milestones": (50, 51, 75)},
+        {"epochs": 10},
+        {"milestones": (5, 8)},
+        "schedule.milestones from (50, 51, 75) to (5, 8)",
+    ),
+    ({"warmup_epochs": 60}, {"epochs": 200}, {"warmup_epochs": 60}, ""),  # does not fit by itself
+    ({"warmup_epochs": 5}, {"epochs": 0}, {"warmup_epochs": 5}, ""),  # for `validate` to refuse
+]
+
+
+@pytest.mark.parametrize(("file", "given", "then", "note"), FOLLOWED)
+def test_the_schedule_follows_epochs(file, given, then, note):
+    before = default_config()
+    before.epochs = 100
+    before.schedule.update(file)
+    config = before.copy_and_resolve_references()
+    config.update_from_flattened_dict(given)
+    told = follow_epochs(config, before, given)
+    assert note in told and told.startswith("note: epochs changed from 100 to ") == bool(note)
+    assert {name: config.schedule[name] for name in then} == then
+    if given["epochs"]:
+        validate(config)
+
+
+def test_what_follows_epochs_by_itself_follows_once():
+    before = default_config()
+    before.schedule.warmup_epochs = before.get_ref("epochs") // 15
+    config = before.copy_and_resolve_references()
+    config.update(epochs=30, schedule={"warmup_epochs": 2})  # as a reference is
+    assert follow_epochs(config, before, {"epochs": 30}) == "" and config.schedule.warmup_epochs == 2

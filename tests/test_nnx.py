@@ -272,10 +272,11 @@ def test_a_module_used_twice_records_and_learns_twice():
         return jnp.sum(y)
 
     dpa_jax.nnx.value_and_grad(loss_fn)(Twice(act))
-    once = dpa_jax.nnx.DPA(K, C, update_interval=1, pool="none")
-    dpa_jax.nnx.value_and_grad(lambda act: jnp.sum(act(x, labels, train=True)))(once)
-    np.testing.assert_allclose(act.backward_memory[...], 2 * once.backward_memory[...], rtol=1e-6)
-    assert np.abs(once.backward_memory[...]).max() > 0
+    one_by_one = dpa_jax.nnx.DPA(K, C, update_interval=1, pool="none")
+    for _ in range(2):
+        dpa_jax.nnx.value_and_grad(lambda act: jnp.sum(act(x, labels, train=True)))(one_by_one)
+    np.testing.assert_allclose(act.backward_memory[...], one_by_one.backward_memory[...], rtol=1e-6)
+    assert np.abs(act.backward_memory[...]).max() > 0
 
 
 def test_records_do_not_outlive_a_call_that_fails():
@@ -343,7 +344,7 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_the_documented_example_learns(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     exec(compile(example, str(DOCUMENT), "exec"), {"__name__": "__main__"})
-    (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
+    (accuracy,) = re.findall(r"eval accuracy ([\d.]+)", capsys.readouterr().out)
     assert float(accuracy) > 0.8
 
 

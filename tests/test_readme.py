@@ -8,9 +8,8 @@ import tomllib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = [page for page in PAGES[1:] if "```python" in page.read_text() and page.stem != "own_mechanism"]
+EXAMPLES = [page for page in PAGES if "```python" in page.read_text() and page.stem != "own_mechanism"]
 
 
 def run_examples(page):
@@ -19,16 +18,17 @@ def run_examples(page):
     exec(compile(example, page.name, "exec"), {"__name__": "__main__"})
 
 
-def test_example_runs_and_learns(capsys):
-    run_examples(ROOT / "README.md")
-    (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)", capsys.readouterr().out)
-    assert float(accuracy) > 0.8
+def test_the_readme_takes_five_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
 
 
 # tests/activations/test_mechanism.py runs own_mechanism.md and takes back what it registers.
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
-def test_examples_of_the_pages_run(page):
+def test_examples_of_the_pages_run_and_learn(page, capsys):
     run_examples(page)
+    accuracies = re.findall(r"accuracy ([\d.]+)", capsys.readouterr().out)
+    assert all(float(accuracy) > 0.8 for accuracy in accuracies)
+    assert accuracies or page.stem in ("README", "augment")  # which train nothing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 from dpa_jax import command_line, train
+from dpa_jax.config import default_config, each_key
+from tests.helpers import told
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,7 +43,7 @@ def run(command, *arguments):
 
 
 def refused(*arguments, traced=False):
-    """The error that the command ends with, in this process: before it there are at most notes, and nothing compiles.
+    """The error that the command ends with, in this process: before it at most header and notes, and nothing compiles.
 
     Args:
         *arguments: of the command line.
@@ -64,7 +66,7 @@ def refused(*arguments, traced=False):
             assert any(line.startswith("Compiling") for line in logged)  # it would have been seen
     finally:
         logging.getLogger("jax").removeHandler(handler)
-    assert all(line.startswith("note: ") for line in printed.getvalue().splitlines())
+    assert all(line.startswith("note: ") for line in told(printed.getvalue()))
     assert isinstance(ended.value.code, str)  # Python prints it to stderr, and ends with code 1
     return ended.value.code
 
@@ -81,17 +83,34 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The configuration file and the folder of a run that has ended."""
+    """The configuration file, the folder and the output of a run that has ended."""
     folder = tmp_path_factory.mktemp("trained")
     config, workdir = write_config(folder), folder / "run"
     ended = run("train.py", "--config", config, "--workdir", workdir)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"curves, metrics and checkpoints are in {workdir}\n"
-    return config, workdir
+    return config, workdir, ended.stderr
+
+
+def test_a_run_says_what_it_is_before_it_trains(trained):
+    _, workdir, output = trained
+    device, *header, compiling, first, last, epoch = output.splitlines()[:9]
+    assert re.match(rf"device: 1 x cpu \(\d+ cores\), jax {jax.__version__}, float32$", device)
+    parameters = 16 * 8 + 8 + 8 + 5 * 8 + 2 * 16 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 16 + 36
+    assert header == [
+        f"model: vit with dpa, {parameters:,} parameters",
+        "data: synthetic, 48 training and 40 evaluation examples, 4 classes",
+        "training: 2 epochs, 6 steps of 16, adamw, learning rate 0.01 (cosine)",
+        f"folder: {workdir}",
+    ]
+    assert compiling == "compiling the training step"
+    assert re.match(r"epoch 1/2, step 1/3: loss \S+, top-1 \S+%, compiled in \d\d:\d\d$", first)
+    assert last.startswith("epoch 1/2, step 3/3: ")
+    assert re.match(r"epoch 1/2: loss \S+, top-1 \S+% \| eval: loss \S+, top-1 \S+% \| \S+ images/s$", epoch)
 
 
 def test_eval_prints_what_training_found_and_touches_nothing(trained):
-    config, workdir = trained
+    config, workdir, _ = trained
     before = contents(workdir)
     ended = run("-m dpa_jax.train", "--config", config, "--workdir", workdir, "--eval")
     assert ended.returncode == 0, ended.stderr
@@ -106,7 +125,7 @@ def test_eval_prints_what_training_found_and_touches_nothing(trained):
 
 
 def test_eval_without_a_checkpoint(trained, tmp_path):
-    config, _ = trained
+    config, *_ = trained
     error = refused("--config", config, "--workdir", tmp_path / "nothing", "--eval", traced=True)
     assert error == f"error: no checkpoint in {tmp_path}/nothing/checkpoints; train first, without --eval"
     assert not (tmp_path / "nothing").exists()
@@ -121,7 +140,7 @@ def test_eval_without_a_checkpoint(trained, tmp_path):
     ids=["classes", "width"],
 )
 def test_a_checkpoint_of_another_model(trained, flags, change, leaf, there, here):
-    config, workdir = trained
+    config, workdir, _ = trained
     before, allowed = contents(workdir), f"--config.allow_change={change.partition('=')[0]}"
     error = refused("--config", config, "--workdir", workdir, f"--config.{change}", allowed, *flags, traced=True)
     (line,) = error.splitlines()
@@ -255,6 +274,61 @@ def test_missing_data_comes_with_the_command_that_gets_it(tmp_path):
     assert "train.py --config configs/cifar100_vit.py --config.data.download=True --config.data.dir=" in error
 
 
+# ---------------- What a command line shows of itself ----------------
+
+
+def printed(capsys, *arguments):
+    """What the command prints, without a run."""
+    train.main(["train.py", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_help_has_our_flags_and_every_key_with_its_value_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    out = printed(capsys, "--help", "--config.epochs=12")
+    assert out == printed(capsys, "-h", "--config.epochs=12", "--config", "digits_vit")
+    listed = dict(re.findall(r"^  (--\S+).*\n +(\S.*)$", out, re.MULTILINE))
+    for flag in ("config=NAME", "config.KEY=VALUE", "workdir=TEXT", "eval", "processes=N", "print_config", "helpfull"):
+        assert f"--{flag}" in listed, flag
+    assert listed["--config=NAME"].endswith("imagenet_vit (default: digits_vit).")
+    assert "undefok" not in out
+    for path, key in each_key():
+        value = {"epochs": 12, "schedule.warmup_epochs": 1}.get(path, key.default)
+        assert f"--config.{path}" in out and key.about in out, path
+        if path in ("epochs", "schedule.warmup_epochs", "precision"):
+            assert listed[f"--config.{path}={value}"] == key.about
+    assert "--config.model_options.depth=4\n" in out  # the file's
+    full = printed(capsys, "--helpfull", "--config.epochs=12")
+    assert "--undefok" in full and set(out.splitlines()) < set(full.splitlines())
+
+
+def test_the_printed_configuration_is_the_one_of_the_run(capsys, tmp_path):
+    changes = ["--config.data.mean=(0.5,)", "--config.model_options.depth=2", "--config.data.dir=a'b\n"]
+    out = printed(capsys, f"--config={write_config(tmp_path)}", *changes, "--print_config", "--eval")
+    config = default_config()
+    exec(out, {"config": config})
+    options = command_line.parse(
+        lambda options: None, ["train.py", f"--config={write_config(tmp_path)}", *changes], default_config="digits_vit"
+    )
+    assert config.to_dict() == options.config.to_dict() != default_config().to_dict()
+    assert not (tmp_path / "run").exists()
+    line = refused("--print_config", "--config.batch_size=0")
+    assert line == "error: config: batch_size must be at least 1; got 0"
+
+
+def test_a_schedule_that_has_followed_epochs_is_told_of(tmp_path, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr("dpa_jax.training.loop.train_and_evaluate", lambda *arguments: trained.append(arguments))
+    config = write_config(tmp_path, "config.epochs = 20; config.schedule.warmup_epochs = 5")
+    for epochs in (4, 20):
+        train.main(["train.py", f"--config={config}", f"--workdir={tmp_path}", f"--config.epochs={epochs}"])
+    assert [given.schedule.warmup_epochs for given, _ in trained] == [1, 5]
+    note = "note: epochs changed from 20 to 4, and in proportion schedule.warmup_epochs from 5 to 1\n"
+    assert capsys.readouterr().err == note
+
+
 # ---------------- The folder of a run that is not given one ----------------
 
 
@@ -316,3 +390,19 @@ def test_a_ctrl_c_that_comes_in_a_destructor_counts(tmp_path):
     )
     ended = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
+def test_a_hook_on_top_of_ours_outlasts_the_program(monkeypatch):
+    """A failed save's threads still have something to say when the program is at its end."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    def above(unraisable):
+        del unraisable
+
+    def main(options):
+        sys.unraisablehook = above
+
+    command_line.run(main, lambda options: None, ["program"], default_config="digits_vit")
+    assert sys.unraisablehook is above
+    command_line.run(lambda options: None, lambda options: None, ["program"], default_config="digits_vit")
+    assert sys.unraisablehook is above

@@ -53,8 +53,8 @@ def test_nothing_but_the_package_is_installed(installed):
     }
 
 
-def test_the_example_of_the_readme(installed, python):
-    (example, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_example_of_the_modules(installed, python):
+    (example, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
     short = example.replace("range(20)", "range(3)")
     assert short != example
     *_, accuracy, place = python("-c", short + "\nprint(dpa_jax.__file__)").split()

@@ -12,14 +12,14 @@ from dpa_jax.activations.mechanism import Mechanism, Variable
 from dpa_jax.activations.memory import remember_gradient
 from dpa_jax.activations.penalties import Ratio, Record, Summary, penalties, summarize
 from dpa_jax.activations.raa import RAA
-from dpa_jax.activations.registry import activation, default_coefficients, register, reset_counters
+from dpa_jax.activations.registry import activation, apply_updates, default_coefficients, register, reset_counters
 from dpa_jax.activations.supervision import current_labels, supervise
 from dpa_jax.activations.swap import Site, swap
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism", "Ratio"]
-__all__ += ["Record", "Site", "Summary", "Variable", "activation", "current_labels", "default_coefficients", "diagnose"]
-__all__ += ["penalties", "register", "remember_gradient", "reset_counters", "summarize", "supervise", "swap"]
-__all__ += ["threshold"]
+__all__ += ["Record", "Site", "Summary", "Variable", "activation", "apply_updates", "current_labels"]
+__all__ += ["default_coefficients", "diagnose", "penalties", "register", "remember_gradient", "reset_counters"]
+__all__ += ["summarize", "supervise", "swap", "threshold"]
 
 MUTABLE: tuple[str, ...]
 COLLECTIONS: tuple[str, ...]

@@ -94,15 +94,24 @@ def _of_records(found: list[tuple[str, type[Mechanism], Arrays]], mutated: tuple
             owner = f"{type(record.settings).__name__} {path!r}"
             seen = record.seen if isinstance(record.seen, Mapping) else {}
             if "labels" in seen:
-                labels, classes = np.asarray(seen["labels"]), getattr(record.settings, "num_classes", 0)
+                labels, classes = np.asarray(record.labels), getattr(record.settings, "num_classes", 0)
                 if np.any(wrong := (labels < -1) | (labels >= classes)):
                     messages.append(
                         f"{owner}: the label {labels[wrong].flat[0]} is no class of 0..{classes - 1}, and not -1, "
                         "which leaves a sample out; such samples take no part"
                     )
+                if count := np.sum((labels >= 0) & (labels < classes) & (np.asarray(seen["labels"]) < 0)):
+                    messages.append(
+                        f"{owner}: the values of {count} labelled samples were not finite; such samples take no part. "
+                        "Look for NaN in the inputs, or for parameters that have grown too large"
+                    )
             if "values" in seen:
-                active = np.any(np.asarray(seen["values"]) > getattr(record.settings, "tau", 0.0))
-                on[owner] = on.get(owner, False) or bool(active)
+                values = np.asarray(seen["values"])
+                layers = values.shape[: record.mark.ndim]
+                active = np.any(values > getattr(record.settings, "tau", 0.0), axis=(-2, -1))
+                for layer in np.ndindex(layers):
+                    place = ", ".join([owner, *(f"layer {index}" for index in layer)])
+                    on[place] = on.get(place, False) or bool(active[layer])
     seen_paths = dict.fromkeys(path for _, path in uses)
     for path, mechanism, _ in found:
         if mechanism.class_wise and path not in seen_paths:

@@ -89,7 +89,7 @@ class DPA(Mechanism):
     kept: ClassVar = {
         "forward_memory": Variable("forward_memory", "mean"),
         "step": Variable("forward_memory", "step", axes="", dtype=jnp.int32),
-        "backward_memory": Variable("backward_memory", "mean"),
+        "backward_memory": Variable("backward_memory", "mean", bounds=(-1.0, 1.0)),
     }
     coefficients: ClassVar = {"channel": 5.0}
 
@@ -124,10 +124,10 @@ class DPA(Mechanism):
         update = step == 0
         weights = mem.update_weights(labels, self.num_classes, self.momentum, self.axis_name)
         sign_update = functools.partial(mem.sign_update, pool)
-        y = mem.remember_gradient(sign_update, y, state["backward_memory"], weights, update)
+        y, backward = mem.remember_gradient(sign_update, y, state["backward_memory"], weights, update)
         forward = mem.update_memory(state["forward_memory"], jax.lax.stop_gradient(values), weights)
         forward = jnp.where(update, forward, state["forward_memory"])
-        return y, {"forward_memory": forward, "step": step}, seen | {"update": update}
+        return y, {"forward_memory": forward, "step": step, "backward_memory": backward}, seen | {"update": update}
 
     @staticmethod
     def summarize(records: Sequence[Record]) -> Summary:

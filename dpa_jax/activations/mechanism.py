@@ -44,6 +44,7 @@ class Variable:
         axes: its shape in letters, ``"K"`` for the classes, ``"C"`` for the channels; ``""`` for a scalar.
         start: the initializer, called as ``start(key, shape, dtype)``; the key is None outside of ``params``.
         resets: whether `dpa_jax.reset_counters` returns it to its start.
+        bounds: the least and the greatest value that `dpa_jax.apply_updates` leaves in it.
     """
 
     collection: str
@@ -52,6 +53,7 @@ class Variable:
     dtype: Any = jnp.float32
     start: Callable[..., jax.Array] = nn.initializers.zeros
     resets: bool = False
+    bounds: tuple[float, float] | None = None
 
     def shape(self, num_classes: int, channels: int) -> tuple[int, ...]:
         """Its shape for K classes and C channels."""
@@ -116,8 +118,8 @@ class Mechanism(nn.Module):
             pool: makes one float32 vector per sample, [B, C], of anything of ``x``'s shape.
 
         Returns:
-            The output; {key: new array} of what changes, without ``params`` and ``backward_memory``; and a pytree
-            of arrays for `summarize`.
+            The output; {key: new array} of what changes, without ``params``, and of ``backward_memory`` what
+            `remember_gradient` returns, for the next use; and a pytree of arrays for `summarize`.
         """
         raise NotImplementedError
 
@@ -177,6 +179,7 @@ class Mechanism(nn.Module):
             return self.plain(x)
 
         stored: dict[str, nn.Variable] = {}
+        earlier = self._recorded()
 
         def read() -> dict[str, jax.Array]:
             for key, variable in self.kept.items():
@@ -186,19 +189,24 @@ class Mechanism(nn.Module):
                         "variables. Pass every collection that model.init returned to model.apply."
                     )
                 stored[key] = self.variable(variable.collection, variable.name, None)
-            return {key: variable.value for key, variable in stored.items()}
+            return {key: variable.value for key, variable in stored.items()} | earlier.used
 
         recording = self.is_mutable_collection(RECORDS)
         y, new, record = self.call(x, labels, train, recording, read, how, rows_per_sample)
+        used = {}
         for key, value in new.items():
-            if not self.is_mutable_collection(collection := self.kept[key].collection):
+            collection = self.kept[key].collection
+            if collection == "backward_memory" and not self.is_mutable_collection(collection):
+                used[key] = value  # its value is the old one: only the next use in this call of the model wants it
+                continue
+            if not self.is_mutable_collection(collection):
                 raise ValueError(
                     f"{type(self).__name__} {'/'.join(self.path)!r}: training updates {collection!r}, which is not "
                     "mutable. Pass mutable=dpa_jax.MUTABLE to model.apply."
                 )
             stored[key].value = value
         if record is not None and recording:
-            self._record(record)
+            self.put_variable(RECORDS, "record", earlier.replace(records=(*earlier.records, record), used=used))
         return y
 
     @nn.nowrap
@@ -256,7 +264,7 @@ class Mechanism(nn.Module):
         specs = functools.partial(_specs, x, state, rows, samples)
         y, new, seen = on_auto_axes(observe, x, labels, state, specs=specs)
         settings = self.clone(parent=None, name=None)
-        return y, new if train else {}, Record(settings, seen, jnp.zeros((), jnp.float32))
+        return y, new if train else {}, Record(settings, seen, labels, jnp.zeros((), jnp.float32))
 
     @nn.nowrap
     def _fitting(self, key: str, value: Any, channels: int) -> jax.Array:
@@ -273,12 +281,11 @@ class Mechanism(nn.Module):
             raise ValueError(f"{owner}: the memory {key} must be {wanted}; the one given is {found}")
         return jnp.asarray(value, wanted)
 
-    def _record(self, record: Record) -> None:
-        """Adds the record to those of this call of the model, and drops those of an earlier call."""
+    def _recorded(self) -> "_Recorded":
+        """What earlier uses in this call of the model recorded; nothing of an earlier call."""
         model = weakref.ref(outermost_module())
-        earlier = self.get_variable(RECORDS, "record") if self.has_variable(RECORDS, "record") else None
-        records = earlier.records if earlier is not None and earlier.call.model() is model() else ()
-        self.put_variable(RECORDS, "record", _Recorded((*records, record), _Call(model)))
+        found = self.get_variable(RECORDS, "record") if self.has_variable(RECORDS, "record") else None
+        return found if found is not None and found.call.model() is model() else _Recorded((), {}, _Call(model))
 
 
 def _specs(x: jax.Array, state: State, rows_per_sample: int, samples: int, observed: Observed) -> Any:
@@ -328,7 +335,11 @@ class _Call:
 
 
 class _Recorded(struct.PyTreeNode):
-    """The records of one module in one call of the model, one for each time that the module was called."""
+    """The records of one module in one call of the model, one for each time that the module was called.
+
+    ``used`` are the backward memories for its next use, by their keys.
+    """
 
     records: tuple[Record, ...]
+    used: dict[str, jax.Array]
     call: _Call = struct.field(pytree_node=False)

@@ -186,25 +186,31 @@ def prefix_rows(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def remember_gradient(update: Callable[..., Any], y: jax.Array, memory: Any, *arguments: Any) -> jax.Array:
-    """The identity on ``y``; the gradient with respect to ``memory``, a float array or a pytree of them, is its update.
+def remember_gradient(update: Callable[..., Any], y: jax.Array, memory: Any, *arguments: Any) -> tuple[jax.Array, Any]:
+    """The identity on ``y`` and ``memory``; the gradient with respect to ``memory`` is its update.
 
-    The cotangent of ``memory`` is ``update(gradient of y, memory, *arguments)``, which is the new memory minus the old
-    one. Being a difference, a branch that is not run or a stopped gradient leaves the memory alone, and two uses of
-    one memory add up. No gradient reaches the arguments, pytrees of arrays.
+    ``memory`` is a float array or a pytree of them. Its cotangent is ``update(gradient of y, memory, *arguments)``,
+    the new memory minus the old one. Being a difference, a branch that is not run or a stopped gradient leaves the
+    memory alone. No gradient reaches the arguments, pytrees of arrays.
+
+    The memory that is returned is for the next use in the same loss. Gradients come in the reverse order of the uses:
+    what the later ones have changed is the returned memory's cotangent, and ``update`` gets the memory with it. So the
+    update of all uses is what they make of the memory one after the other, the last first. Uses that are all given
+    the first memory add up instead.
     """
-    del update, memory, arguments
-    return y
+    del update, arguments
+    return y, memory
 
 
 def _remember_forward(update, y, memory, *arguments):
     del update
-    return y, (memory, arguments)
+    return (y, memory), (memory, arguments)
 
 
-def _remember_backward(update, residuals, grad_y):
-    memory, arguments = residuals
-    return grad_y, update(grad_y, memory, *arguments), *[None] * len(arguments)
+def _remember_backward(update, residuals, gradients):
+    (memory, arguments), (grad_y, changed) = residuals, gradients
+    changes = update(grad_y, jax.tree.map(jnp.add, memory, changed), *arguments)
+    return grad_y, jax.tree.map(jnp.add, changed, changes), *[None] * len(arguments)
 
 
 remember_gradient.defvjp(_remember_forward, _remember_backward)

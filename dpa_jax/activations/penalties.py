@@ -58,11 +58,13 @@ class Ratio:
 class Record(struct.PyTreeNode):
     """What one mechanism saw in one call: the mechanism, unbound, and the arrays that its ``observe`` returned.
 
+    ``labels`` are those of the call, [B] or None, before samples that take no part were sorted out.
     ``mark`` is a float32 zero. The axes that ``nn.scan`` or ``nn.vmap`` put in front of every array show there.
     """
 
     settings: Any = struct.field(pytree_node=False)
     seen: Any
+    labels: Any
     mark: jax.Array
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.errors import AssignSubModuleError
 
 from dpa_jax.activations.aiec import AIEC
@@ -133,6 +134,25 @@ def collections() -> tuple[str, ...]:
 def default_coefficients() -> dict[str, float]:
     """{penalty: its default weight in a loss} of every mechanism; these are the papers' for CIFAR-100."""
     return {name: value for mechanism in mechanisms() for name, value in mechanism.coefficients.items()}
+
+
+def apply_updates(backward_memory: Any, update: Any) -> Any:
+    """The collection ``backward_memory`` with its gradient, a pytree of its structure, added to it.
+
+    As `optax.apply_updates`, and every memory stays within the bounds that its mechanism declares, [-1, 1] for DPA's:
+    needed where gradients are summed that were each taken of the same memory, over micro-batches or several calls of
+    the model. Their mean needs no bounds. ``docs/drop_in.md`` says what every use of one memory means.
+
+    Raises ValueError if the structures differ.
+    """
+    bounds = {v.name: v.bounds for mechanism in mechanisms() for v in mechanism.kept.values() if v.bounds}
+
+    def add(path: tuple[Any, ...], memory: jax.Array, change: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        new = memory + change
+        return jnp.clip(new, *bounds[name]) if name in bounds else new
+
+    return jax.tree_util.tree_map_with_path(add, backward_memory, update)
 
 
 def reset_counters(variables: Mapping[str, Any]) -> Any:

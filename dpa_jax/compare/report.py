@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import pathlib
 import platform
 import statistics
@@ -16,6 +15,7 @@ import flax
 import jax
 
 from dpa_jax.plots import History, plot_comparison, plot_table
+from dpa_jax.training.header import describe
 
 Histories = dict[str, dict[int, History]]  # {entry's name: {seed: the records of its run}}
 
@@ -69,11 +69,9 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
     """
     rows = [summarize_runs(name, runs) for name, runs in histories.items()]
     epochs = max(record["epoch"] for runs in histories.values() for history in runs.values() for record in history)
-    device = jax.devices()[0]
     measured = {
         "command": command,
-        "device": f"{jax.device_count()} x {device.device_kind}"
-        + (f" ({os.cpu_count()} cores)" if device.platform == "cpu" else ""),
+        "device": describe(jax.devices()),
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "python": platform.python_version()},
     }
     last = {name: [{"seed": seed, **history[-1]} for seed, history in runs.items()] for name, runs in histories.items()}
@@ -85,7 +83,7 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(map(dataclasses.asdict, rows))
-    title = f"held-out top-1 (%) after {epochs} epochs"
+    title = f"eval top-1 (%) after {epochs} epochs"
     plot_table(title, _HEAD, [row.cells() for row in rows], workdir / "table.png")
     plot_comparison({name: list(runs.values()) for name, runs in histories.items()}, workdir / "curves.png")
 
@@ -95,7 +93,7 @@ def _markdown(rows: list[Row], epochs: int, measured: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     notes = [
-        f"Top-1 on the held-out images in percent after the last of {epochs} epochs, not the best of them: mean, "
+        f"Top-1 on the evaluation images in percent after the last of {epochs} epochs, not the best of them: mean, "
         "standard deviation (n - 1) and best over the seeds. Masked: the share of channels that a penalty held down, "
         "over the last epoch of training. Seconds: the training steps of one run, or its share of a program of "
         "several.",

@@ -77,7 +77,7 @@ class Spec:
       num_classes: labels are 0 .. num_classes - 1.
       class_names: one a class, in the order of the labels.
       train_examples: the size of the training split.
-      test_examples: that of the held-out split.
+      test_examples: that of the evaluation split.
       metrics: what an evaluation reports.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The training or the held-out part of a data set: examples with their labels."""
+"""The training or the evaluation split of a data set: examples with their labels."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
 from dpa_jax.training.folder import check_kinds, locked, writing
+from dpa_jax.training.header import header, model_line, note_of_rate
 from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
@@ -87,6 +88,10 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         stack.enter_context(contextlib.closing(run))
         stack.enter_context(locked(workdir))
         notes = _check_continued(run, workdir, folders, resumes=True)
+        images, every = config.batch_size * len(run.seeds), config.log_every_seconds
+        progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
+        for line in [model_line(run)] if name else header(run, workdir):
+            progress.write(line)
         run.load()
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
         preemption = stack.enter_context(Preemption())
@@ -100,9 +105,6 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 write_config(member, folder, _examples(run))
         ended = bisect.bisect_right(range(1, config.epochs + 1), start, key=run.steps_at)  # epochs
         epoch = min(ended + 1, config.epochs)
-        images, every = config.batch_size * len(run.seeds), config.log_every_seconds
-        progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
-        progress.begin(epoch, start, run.steps_at(epoch))
         notes += [recorder.note for recorder in recorders if recorder.note]
         for folder, recorder in zip(folders, recorders, strict=True):
             recorded = {record.get("epoch") for record in recorder.history}
@@ -111,8 +113,12 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
             notes.insert(0, f"{how} after step {start} of {total_steps}{place}")
+        if start < total_steps:
+            notes += note_of_rate(run)
         for line in notes:
             progress.write(line)
+        if start < total_steps:
+            progress.begin(epoch, start, run.steps_at(epoch))
         unseen: list[tuple[int, dict[str, jax.Array]]] = []
 
         for step in range(start + 1, total_steps + 1):
@@ -136,6 +142,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             # ---------------- Evaluate and record ----------------
             evaluations: list[Figures] = [{} for _ in folders]
             if epoch_ends:
+                wrong = run.diagnose(state) if epoch == 1 else []  # before the evaluation, which resets counters
                 if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
                     state, evaluated = run.evaluate(state)
                     evaluations = [{f"eval_{k}": v for k, v in figures.items()} for figures in evaluated]
@@ -159,6 +166,8 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 progress.close()
                 progress.write(_line(_means(records), config.epochs))
                 state = run.clear_metrics(state)
+                for line in wrong:
+                    progress.write(f"warning: {line}")
 
             # ---------------- Save ----------------
             if save:
@@ -175,7 +184,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
-    """Evaluates the best and the newest checkpoint of a run on the whole test split; changes nothing in its folder.
+    """Evaluates the best and the newest checkpoint of a run on all of its evaluation split; changes no file of it.
 
     Returns:
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.
@@ -249,5 +258,5 @@ def _draw(recorders: Sequence[Recorder], start: int, ended_by: type[BaseExceptio
 def _line(record: Mapping[str, float], epochs: int) -> str:
     parts = [f"epoch {record['epoch']:.0f}/{epochs}: loss {record['train_loss']:.4f}, top-1 {record['train_top1']:.2%}"]
     if "eval_loss" in record:
-        parts.append(f"held out: loss {record['eval_loss']:.4f}, top-1 {record['eval_top1']:.2%}")
+        parts.append(f"eval: loss {record['eval_loss']:.4f}, top-1 {record['eval_top1']:.2%}")
     return " | ".join([*parts, f"{record['images_per_second']:,.0f} images/s"])

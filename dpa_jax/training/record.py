@@ -19,8 +19,8 @@ from dpa_jax.training.folder import writing
 class Recorder:
     """Writes what a run measures into its folder; only process 0 writes.
 
-    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures. `history` holds all records of the run
-    so far, oldest first, those of earlier starts included.
+    `metrics.jsonl` has one JSON object a line, `tensorboard/` the same figures in the groups `train`, `eval` and
+    `run`. `history` holds all records of the run so far, oldest first, those of earlier starts included.
     """
 
     def __init__(self, workdir: str | pathlib.Path, step: int) -> None:
@@ -99,7 +99,7 @@ class Recorder:
 
         for name, value in values.items():
             if isinstance(value, int | float) and name != "step":
-                event = Event(wall_time=time.time(), step=values["step"], summary=scalar(name, value))
+                event = Event(wall_time=time.time(), step=values["step"], summary=scalar(_tag(name), value))
                 self._tensorboard.write_event(event)
         self._tensorboard.flush()
 
@@ -108,6 +108,13 @@ class Recorder:
         if "_tensorboard" in vars(self):
             with contextlib.suppress(OSError):  # `write` has told of it
                 self._tensorboard.close()
+
+
+def _tag(name: str) -> str:
+    """The name of a figure in TensorBoard, which groups by what comes before the slash."""
+    if name in ("epoch", "images_per_second", "seconds"):
+        return f"run/{name}"
+    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name.removeprefix('train_')}"
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.activations import reset_counters
-from dpa_jax.activations.penalties import Ratio
+from dpa_jax.activations import diagnose, reset_counters
+from dpa_jax.activations.penalties import RECORDS, Ratio
+from dpa_jax.activations.registry import collections
 from dpa_jax.checks import INT32, check_memory, check_range
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
@@ -52,11 +53,13 @@ class Run:
     Attributes:
         config: the configuration; of its members `configs`.
         seeds: of the members.
+        devices: those that share each batch.
         spec: of the data.
         model: the linen module.
+        num_parameters: of one member.
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
-        eval_feed: the held-out examples.
+        eval_feed: the evaluation examples.
         clear_metrics: compiled; a state, which is donated -> the state with nothing in its averages.
     """
 
@@ -70,6 +73,7 @@ class Run:
         devices = list(devices or _all_devices())
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self.devices = devices
 
         here = len(mesh.local_devices)
         for key in ("batch_size", "eval_batch_size"):
@@ -146,9 +150,15 @@ class Run:
 
         jit = functools.partial(jax.jit, out_shardings=self._everywhere)
         self._abstract_member = jax.eval_shape(lambda: create(0))
+        self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
         self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create))
         self._step = jit(step, donate_argnums=0)
         self._eval_step = jit(make_eval_step(model, transforms.evaluate))
+        self._record = jit(
+            lambda variables, batch: model.apply(
+                variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]
+            )[1]
+        )
         self._add = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._members = jit(members)
         self.clear_metrics = jit(clear_metrics, donate_argnums=0)
@@ -254,7 +264,7 @@ class Run:
         return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
-        """Evaluates the whole held-out split: of each member its figures, as `Evaluation.compute` names them.
+        """Evaluates the whole evaluation split: of each member its figures, as `Evaluation.compute` names them.
 
         The state is donated. The one returned has entered evaluation: the counters of some mechanisms begin anew.
         """
@@ -265,6 +275,17 @@ class Run:
             sums = parts if sums is None else self._add(sums, parts)
         computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+
+    def diagnose(self, state: TrainState) -> list[str]:
+        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one held-out batch.
+
+        Nothing where the model has no mechanism.
+        """
+        if not set(collections()) & state.variables.keys():
+            return []
+        before, after = (self.members(given.variables)[0] for given in (self.init(), state))
+        records = self._record(after, next(iter(self.eval_feed.evaluation())))
+        return diagnose(*jax.device_get((before, after, records)))
 
 
 def _all_devices() -> list[jax.Device]:

@@ -25,7 +25,7 @@ class Mlp(nn.Module):
         return nn.Dense(3)(x)
 
 
-def train(model=None, steps=8, labels=LABELS, wrong="", bias=0.0):
+def train(model=None, steps=8, labels=LABELS, wrong="", bias=0.0, x=X):
     """Some steps, with a mistake in them: (the variables before, after, the results of `apply`)."""
     model = model or Mlp()
     before = model.init(jax.random.key(1), X)
@@ -39,7 +39,7 @@ def train(model=None, steps=8, labels=LABELS, wrong="", bias=0.0):
     def gradients_of(variables):
         def loss_fn(params, backward):
             given = {**variables, "params": params, "backward_memory": backward}
-            logits, mutated = model.apply(given, X, labels, train=wrong != "train not passed", mutable=mutable)
+            logits, mutated = model.apply(given, x, labels, train=wrong != "train not passed", mutable=mutable)
             channel = dpa_jax.penalties(mutated).get("channel", 0.0)
             return jnp.sum(jnp.square(logits)) + 0.1 * channel, mutated
 
@@ -74,6 +74,7 @@ def test_a_right_training_has_nothing_to_say():
         ({"wrong": "memory through Adam"}, r"DPA 'act': its backward memory, a mean of signs, is \d+.* at its largest"),
         ({"wrong": "no records"}, "DPA 'act': it has recorded nothing. No labels reached it, the collection"),
         ({"labels": LABELS.at[1].set(7)}, "DPA 'act': the label 7 is no class of 0..2, and not -1"),
+        ({"x": X.at[1, 0].set(jnp.nan)}, "DPA 'act': the values of 1 labelled samples were not finite"),
         ({"bias": -100.0}, "DPA 'act': none of its channels was ever on"),
         ({"bias": -100.0}, "the penalty 'channel' is zero in all of the 8 calls given"),
         ({"model": Mlp(shared=True)}, "'act' is called 2 times in one call of the model"),

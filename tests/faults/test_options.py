@@ -304,7 +304,7 @@ EXTREME = [
     ("epochs=1", "schedule.name=multistep", "schedule.milestones=(2147483647,)"),
     ("schedule.name=step", "schedule.step_epochs=1", "schedule.warmup_epochs=1", "schedule.gamma=1"),
     ("epochs=1", "checkpoint.keep=2147483647", "checkpoint.every_steps=2147483647", "eval_every_epochs=2147483647"),
-    ("epochs=1", "optimizer.learning_rate=1e-37", "optimizer.eps=1e37"),
+    ("epochs=1", "optimizer.learning_rate=1e-37", "optimizer.eps=1e37", "schedule.min_learning_rate=0"),
 ]
 
 

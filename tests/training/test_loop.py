@@ -15,6 +15,7 @@ import sklearn.metrics
 
 from dpa_jax.config import OPTIMIZERS, SCHEDULES
 from dpa_jax.training.checkpoint import Checkpoints
+from dpa_jax.training.header import note_of_rate
 from dpa_jax.training.loop import NonFiniteError, evaluate, train, train_and_evaluate
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.run import build
@@ -152,6 +153,20 @@ def test_a_finished_run_started_again_changes_nothing(finished, capsys):
     assert f"nothing left to do after step 12 of 12 in {workdir}" in capsys.readouterr().err
 
 
+def test_a_learning_rate_that_ends_at_zero_is_told_of():
+    config = tiny_config(mechanism="relu", epochs=10, schedule__warmup_epochs=2)
+    (note,) = note_of_rate(build(config))
+    # The cosine ends 2 epochs of 6 steps before the end; a step takes the rate of the one before it.
+    assert note.startswith("note: the learning rate is 0 from step 50 of 60 on ") and "min_learning_rate" in note
+    config.schedule.min_learning_rate = 1e-5
+    assert note_of_rate(build(config)) == []
+    config.schedule.update(name="multistep", milestones=(5,), gamma=2e-38, min_learning_rate=0.0)
+    (note,) = note_of_rate(build(config))
+    assert note.startswith("note: the learning rate is 0 from step 43 of 60 on ") and "schedule.gamma" in note
+    config.schedule.update(warmup_epochs=0, name="cosine")
+    assert note_of_rate(build(config)) == []
+
+
 def test_a_seed_reproduces_a_run_whose_figures_are_means_over_an_epoch(finished, steps_of_finished):
     _, workdir, _ = finished
     for number, record in enumerate(lines(workdir)):
@@ -271,7 +286,10 @@ def test_a_penalty_that_is_not_finite_is_named(finished, tmp_path):
         ({"data__name": "digit"}, r"got 'digit'\. Did you mean 'digits'"),
         ({"batch_size": 64}, r"batch_size must be between 1 and the 48 examples"),
         ({"batch_size": 12}, r"batch_size must be a positive multiple of the 8 devices, not 12"),
-        ({"schedule__warmup_epochs": 3}, r"warmup_epochs must be at most epochs; got 3 of 2\. .*=2\.$"),
+        (
+            {"schedule__warmup_epochs": 3},
+            r"warmup_epochs must be less than half of epochs.*; got 3 of 2, where it may be only 0$",
+        ),
         ({"augment__rand_augment": "rand-k3"}, r"'rand-k3' is no RandAugment policy"),
         ({"coefficients": {}}, r"config\.coefficients has no entry for the penalty 'channel'"),
     ],
@@ -313,3 +331,10 @@ def test_no_evaluation_leaves_the_counters(tmp_path):
     _, first = restore(config, tmp_path, step=1)
     (kept,) = (block["mlp"]["activation"] for block in first.model_state["activity_counters"].values())
     chex.assert_trees_all_equal(kept, counters)
+
+
+def test_the_first_epoch_says_what_is_wrong_with_a_mechanism(tmp_path, capsys):
+    train_and_evaluate(tiny_config(epochs=2, mechanism_options={"tau": 1e6}), tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any("layer 0: none of its channels was ever on" in line for line in said)
+    assert len(said) == len(set(said))  # once, and not after every epoch

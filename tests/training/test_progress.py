@@ -33,7 +33,9 @@ def test_plain_lines_come_at_most_each_so_many_seconds_and_at_the_end(clock):
     shown.close()
     figures = "loss 1.2500, top-1 50.00%, 6 images/s"
     assert stream.getvalue().splitlines() == [
-        f"epoch 2/5, step 105/110: {figures}, 00:50 left",
+        "compiling the training step",
+        "epoch 2/5, step 101/110: loss 1.2500, top-1 50.00%, compiled in 00:10",
+        f"epoch 2/5, step 106/110: {figures}, 00:40 left",
         f"epoch 2/5, step 110/110: {figures}",
     ]
 
@@ -41,10 +43,33 @@ def test_plain_lines_come_at_most_each_so_many_seconds_and_at_the_end(clock):
 def test_images_per_second_and_time_left_after_a_resume_count_from_the_resume(clock):
     stream = io.StringIO()
     shown = Progress(1, 100, every=5, stream=stream)
-    shown.begin(1, 96, 110)
+    shown.begin(1, 92, 110)
+    shown.update(96, {})
     shown.update(100, {})
     shown.close()
-    assert stream.getvalue() == "epoch 1/1, step 100/110: 40 images/s, 00:25 left\n"
+    assert stream.getvalue().splitlines()[-1] == "epoch 1/1, step 100/110: 40 images/s, 00:25 left"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_says_that_it_compiles_until_the_first_step_is_done_and_no_time_left_before(clock, terminal, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    stream = Terminal() if terminal else io.StringIO()
+    shown = epoch(stream, every=0)
+    assert "compiling the training step" in stream.getvalue()
+    for step, words in ((101, ["compiled in 00:10"]), (102, ["6 images/s", "01:20 left"]), (103, ["01:10 left"])):
+        stream.truncate(stream.seek(0))
+        shown.update(step, {})
+        if terminal:
+            shown._bar.refresh()
+        assert all(word in stream.getvalue() for word in words), stream.getvalue()
+        assert "compiling" not in stream.getvalue() and ("left" in stream.getvalue()) == (step > 101)
+    # The later epochs wait for no compiler.
+    stream.truncate(stream.seek(0))
+    shown.close()
+    shown.begin(3, 110, 120)
+    shown.update(111, {})
+    assert "compil" not in stream.getvalue()
+    shown.close()
 
 
 def test_images_per_second_leave_the_compiler_out(monkeypatch):
@@ -60,6 +85,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)  # of whatever runs the tests
     stream = Terminal()
     shown = epoch(stream)
+    shown.update(104, {})
     shown.update(105, {"loss": 0.5, "top1": 0.875})
     shown.write("checkpoint saved")  # and the bar is drawn anew below it
     shown.close()
@@ -75,7 +101,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it(monkeypatch):
 
 def test_lines_can_be_written_without_a_terminal():
     stream = io.StringIO()
-    shown = epoch(stream)
+    shown = Progress(5, 64, stream=stream)
     shown.write("checkpoint saved")
     shown.close()
     assert stream.getvalue() == "checkpoint saved\n"

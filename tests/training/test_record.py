@@ -47,13 +47,23 @@ def run(workdir, epochs, start=0):
 
 def test_writes_lines_and_scalars(tmp_path):
     recorder = Recorder(tmp_path / "run", 0)
-    recorder.write({"step": np.int64(10), "epoch": 1, "eval_top1": jnp.float32(0.5), "train_loss": 1 / 3})
+    figures = {"epoch": 1, "lr": 0.1, "train_loss": 1 / 3, "loss_channel": 0.25, "eval_loss": 2.0, "seconds": 3.0}
+    recorder.write({"step": np.int64(10), "eval_top1": jnp.float32(0.5), **figures})
     # each line is on the disk when write returns, not at the end
-    assert lines(tmp_path / "run") == [{"step": 10, "epoch": 1, "eval_top1": 0.5, "train_loss": 1 / 3}]
+    assert lines(tmp_path / "run") == [{"step": 10, "eval_top1": 0.5, **figures}]
     assert recorder.history == lines(tmp_path / "run")
     recorder.close()
     values = {v.tag: (e.step, v.simple_value) for e in events(tmp_path / "run") for v in e.summary.value}
-    assert values == {"epoch": (10, 1.0), "eval_top1": (10, 0.5), "train_loss": (10, np.float32(1 / 3))}
+    # In groups: what is before the slash.
+    assert values == {
+        "run/epoch": (10, 1.0),
+        "run/seconds": (10, 3.0),
+        "train/lr": (10, np.float32(0.1)),
+        "train/loss": (10, np.float32(1 / 3)),
+        "train/loss_channel": (10, 0.25),
+        "eval/loss": (10, 2.0),
+        "eval/top1": (10, 0.5),
+    }
 
 
 def test_continuing_drops_what_came_after_the_checkpoint(tmp_path):
@@ -66,7 +76,7 @@ def test_continuing_drops_what_came_after_the_checkpoint(tmp_path):
     assert [(r["epoch"], r.get("note")) for r in lines(tmp_path)] == [(1, None), (2, None), (3, 7)]
     starts = [e.step for e in events(tmp_path) if e.session_log.status == SessionLog.START]
     assert starts == [1, 21]  # TensorBoard hides the first run's events from step 21 on
-    shown = [e.step for e in events(tmp_path) for v in e.summary.value if v.tag == "eval_loss"]
+    shown = [e.step for e in events(tmp_path) for v in e.summary.value if v.tag == "eval/loss"]
     assert shown == [10, 20, 30, 30]
 
 

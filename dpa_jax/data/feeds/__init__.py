@@ -17,7 +17,7 @@ require_train(__name__)
 
 
 def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
-    """The feed of a source's training or held-out split: from memory, or one that reads images at every step.
+    """The feed of a source's training or evaluation split: from memory, or one that reads images at every step.
 
     Nothing is loaded or put on a device yet; of images in files the headers may be read, to compare their sizes.
 

@@ -16,7 +16,7 @@ class Source:
 
     Args:
       spec: what is known of it without loading anything.
-      read: () -> the training and the held-out split.
+      read: () -> the training and the evaluation split.
       class_counts: () -> int [num_classes], how many training examples each class has; may read the labels.
     """
 
@@ -27,7 +27,7 @@ class Source:
         self._splits: tuple[Split, Split] | None = None
 
     def load(self) -> tuple[Any, Any]:
-        """The training and the held-out split: `ArraySplit`s, read once, or of encoded images `EncodedSplit`s.
+        """The training and the evaluation split: `ArraySplit`s, read once, or of encoded images `EncodedSplit`s.
 
         Raises:
           FileNotFoundError: the data is not there; the message says how to get it.

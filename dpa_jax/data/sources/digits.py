@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits, 8 x 8 grey: 1,437 to train on, 360 held out."""
+"""scikit-learn's 1,797 handwritten digits, 8 x 8 grey: 1,437 to train on, 360 to evaluate."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def _read() -> tuple[ArraySplit, ArraySplit]:
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     # Every fifth of the images in order of class: stratified, and always the same.
-    held_out = np.zeros(len(labels), bool)
-    held_out[np.argsort(labels, kind="stable")[::5]] = True
-    return ArraySplit(images[~held_out], labels[~held_out]), ArraySplit(images[held_out], labels[held_out])
+    evaluation = np.zeros(len(labels), bool)
+    evaluation[np.argsort(labels, kind="stable")[::5]] = True
+    return ArraySplit(images[~evaluation], labels[~evaluation]), ArraySplit(images[evaluation], labels[evaluation])

@@ -15,7 +15,7 @@ from dpa_jax.data.splits import Split
 
 
 def long_tailed(source: Source, imbalance: float) -> Source:
-    """A source with a long tail of training examples; its held-out split stays whole."""
+    """A source with a long tail of training examples; its evaluation split stays whole."""
     counts = _kept(np.asarray(source.class_counts()), imbalance)
 
     def read() -> tuple[Split, Split]:

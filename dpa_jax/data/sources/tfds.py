@@ -132,7 +132,7 @@ def open_tfds(data: ConfigDict) -> Source:
 def open_prepared(name: str, statistics: str, folder: pathlib.Path) -> Source:
     """A prepared set of images with a class each; they wait in memory, decoded, where they take at most 2 GiB.
 
-    The held-out split is `test`, or `validation` where that has no labels. Mean and standard deviation are those of
+    The evaluation split is `test`, or `validation` where that has no labels. Mean and standard deviation are those of
     `STATISTICS[statistics]`, or else ImageNet's.
 
     Raises:
