@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.activations.sharding import on_auto_axes, spec
 from dpa_jax.checks import INT32, as_array, check_call, check_sizes
 
 # The papers' programs cut this normal at +-2, a hundred standard deviations out.
@@ -110,6 +111,17 @@ def activate(
     return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
 
 
+class Dropout(nn.Dropout):
+    """Flax's, on Explicit mesh axes too: its mask is not spread over the devices as the input is."""
+
+    def __call__(self, inputs: Any, deterministic: bool | None = None, rng: jax.Array | None = None) -> Any:
+        """As flax's: [...] -> [...], with some of the values zero and the others scaled up, unless deterministic."""
+        if deterministic or self.rate == 0:
+            return inputs
+        drop, key = super().__call__, self.make_rng(self.rng_collection) if rng is None else rng
+        return on_auto_axes(lambda x, key: drop(x, deterministic, key), inputs, key, specs=lambda _: spec(inputs))
+
+
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:
     """Stochastic depth (Huang et al., 2016): drops a residual branch [B, ...] for whole samples, scales up the others.
 
@@ -159,7 +171,7 @@ class Attention(nn.Module):
         qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, features // self.num_heads)
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         y = Dense(features, dtype=self.dtype, name="projection")(y.reshape(x.shape))
-        return nn.Dropout(self.dropout)(y, deterministic=not train)
+        return Dropout(self.dropout)(y, deterministic=not train)
 
 
 class Mlp(nn.Module):
@@ -176,6 +188,6 @@ class Mlp(nn.Module):
         """Transforms each token."""
         y = Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
         y = activate(self.activation(name="activation"), y, labels, train, pool=self.pool)
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = Dropout(self.dropout)(y, deterministic=not train)
         y = Dense(x.shape[-1], dtype=self.dtype, name="reduce")(y)
-        return nn.Dropout(self.dropout)(y, deterministic=not train)
+        return Dropout(self.dropout)(y, deterministic=not train)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.activations.sharding import on_auto_axes, spec
 from dpa_jax.checks import MAX_SIZE, check_range, check_rate, check_sizes
 from dpa_jax.models import layers
 
@@ -38,6 +39,11 @@ class Block(nn.Module):
         if self.arr:
             x = self.arr(name="arr")(x, labels, train, pool="token")
         return x, None
+
+
+def with_first_token(x: jax.Array, token: jax.Array) -> jax.Array:
+    """The tokens [B, N, D] of each sample behind one that all have, [1, 1, D]: [B, N + 1, D]."""
+    return jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
 
 
 class ViT(layers.ImageModel):
@@ -95,10 +101,9 @@ class ViT(layers.ImageModel):
         x = embed(self.embed_dim, self.in_channels, self.patch_size, strides=self.patch_size)(images)
         x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.embed_dim)
         class_token = self.param("class_token", nn.initializers.normal(1e-6), (1, 1, self.embed_dim), jnp.float32)
-        class_token = jnp.broadcast_to(class_token.astype(self.dtype), (x.shape[0], 1, self.embed_dim))
-        x = jnp.concatenate([class_token, x], axis=1)
+        x = on_auto_axes(with_first_token, x, class_token.astype(self.dtype), specs=lambda _: spec(x))
         x = x + self.param("position_embedding", layers.normal_init, (1, *x.shape[1:]), jnp.float32).astype(self.dtype)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = layers.Dropout(self.dropout)(x, deterministic=not train)
         arr = functools.partial(ARR, self.num_classes) if self.arr else None
         settings = self.num_heads, int(self.embed_dim * self.mlp_ratio), self.activation, arr, self.dropout, self.dtype
         blocks = layers.repeat(Block, self.depth, self.scan)(*settings, name="blocks")

@@ -184,7 +184,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
-    """Evaluates the best and the newest checkpoint of a run on its whole evaluation split; its folder stays as it is.
+    """Evaluates the best and the newest checkpoint of a run on all of its evaluation split; changes no file of it.
 
     Returns:
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.
