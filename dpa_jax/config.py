@@ -79,6 +79,9 @@ _jitter = _must(
 )
 
 
+_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+
+
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
     for name, value in coefficients.items():
         check_choice("config", f"a key of {path}", name, default_coefficients())
@@ -111,6 +114,11 @@ def _keys() -> dict[str, Any]:
         "model": Key("vit", "The architecture, such as vit, vit_tiny_patch4_32 or resnet18; a wrong name lists all."),
         "model_options": Key(
             {}, "Sizes and options of the model, such as model_options.depth=4; a wrong one lists all."
+        ),
+        "init_from": Key(
+            "",
+            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with; empty: none.",
+            _file,
         ),
         "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
         "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
@@ -303,10 +311,11 @@ def validate(config: Mapping[str, Any]) -> None:
     schedule, epochs, augment = config["schedule"], config["epochs"], config["augment"]
     warmup, highest = schedule["warmup_epochs"], config["optimizer"]["learning_rate"]
     if warmup > (longest := longest_warmup(schedule["name"], epochs)):
-        share = "half of epochs" if schedule["name"] == "cosine" else "epochs"
+        cosine = schedule["name"] == "cosine"
+        rule = "half of epochs, for the cosine ends as many before the last" if cosine else "epochs, or all is warm-up"
         raise ValueError(
-            f"config: schedule.warmup_epochs must be less than {share}, so that the rate comes down from its highest; "
-            f"got {warmup} of {epochs}, where it may be {f'0 to {longest}' if longest else 'only 0'}"
+            f"config: schedule.warmup_epochs must be less than {rule}; got {warmup} of {epochs}, where it may be "
+            + (f"0 to {longest}" if longest else "only 0")
         )
     for name in ("min_learning_rate", *(["warmup_learning_rate"] if warmup else [])):
         check_range("config", f"schedule.{name}", schedule[name], 0.0, highest)
@@ -322,8 +331,8 @@ def validate(config: Mapping[str, Any]) -> None:
 
 def longest_warmup(schedule: str, epochs: int) -> int:
     """The most epochs of warm-up that a schedule, by its name, has a place for."""
-    # The cosine, counted from the first step on, takes the other epochs: with half of them it would be at its end
-    # when the warm-up is.
+    # The cosine is counted from the first step on and ends as many epochs before the last as the warm-up takes: with
+    # half of them it is at its end when the warm-up is.
     return (epochs - 1) // 2 if schedule == "cosine" else epochs - 1
 
 

@@ -16,7 +16,7 @@ from dpa_jax.models.pvt import PVT
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.shufflenet_v2 import ShuffleNetV2
 from dpa_jax.models.tnt import TNT
-from dpa_jax.models.torch import params_from_torch
+from dpa_jax.models.torch import to_torch, variables_from_torch
 from dpa_jax.models.vgg import VGG
 from dpa_jax.models.vit import ViT
 
@@ -91,4 +91,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
 
 
 __all__ = ["MODELS", "PVT", "VGG", "AlexNet", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet", "ShuffleNetV2"]
-__all__ += ["TNT", "ViT", "create", "params_from_torch", "register"]
+__all__ += ["TNT", "ViT", "create", "register", "to_torch", "variables_from_torch"]

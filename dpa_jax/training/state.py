@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from dpa_jax.activations import activation
 from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
 from dpa_jax.checks import check_choice, check_options
+from dpa_jax.models.torch import put
 
 
 class TrainState(struct.PyTreeNode):
@@ -68,11 +71,12 @@ def create_state(
     optimizer: optax.GradientTransformation,
     metric_names: tuple[str, ...],
     seed: jax.typing.ArrayLike,
+    arrays: Mapping[str, jax.typing.ArrayLike] = types.MappingProxyType({}),
 ) -> TrainState:
-    """The state before the first step; a function of the seed alone."""
+    """The state before the first step: a function of the seed and of the arrays, variables by path (`models.torch`)."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     examples = jax.tree.map(lambda example: jnp.zeros(example.shape, example.dtype), model.example_inputs)
-    variables = dict(model.init(init_key, examples))
+    variables = put(arrays, model.init(init_key, examples))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import dpa_jax
 from dpa_jax import models
-from dpa_jax.models.torch import torch_name
+from dpa_jax.models.torch import torch_name, variables_from_torch
 from tests.models import zoo
 
 SMALL = {
@@ -297,7 +297,7 @@ def test_mobilenet_v1_takes_the_papers_activation():
     """Its weights in timm are for ReLU6, the default."""
     model = small("mobilenet_v1")
     arrays = zoo.recording("mobilenet_v1")[1]
-    variables, images = zoo.from_torch(model, zoo.under(arrays, "init/")), zoo.batch(arrays, 0)[0]
+    variables, images = variables_from_torch(model, zoo.under(arrays, "init/"), {}), zoo.batch(arrays, 0)[0]
     np.testing.assert_allclose(jax.jit(model.apply)(variables, images), arrays["relu6/eval_logits"], rtol=0, atol=1e-5)
     paper = model.clone(native=dpa_jax.activation("relu"))
     assert np.abs(jax.jit(paper.apply)(variables, images) - arrays["relu6/eval_logits"]).max() > 1e-3

@@ -15,19 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 import dpa_jax
 from dpa_jax.activations.diagnose import _records
 from dpa_jax.activations.dpa import joint_mask
 from dpa_jax.activations.penalties import stack_alike
 from dpa_jax.config import default_config
-from dpa_jax.models import layers
+from dpa_jax.models import layers, to_torch, variables_from_torch
 from dpa_jax.models.torch import torch_name
 from dpa_jax.training.optimizer import make_optimizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "zoo"
-LEAVES = {"batch_stats": {"mean": "running_mean", "var": "running_var"}}
 Arrays = dict[str, np.ndarray]
 Make = Callable[..., nn.Module]
 """``small(**options)`` of a test file: the model of the recording's sizes, without dropout."""
@@ -53,59 +52,13 @@ def batch(arrays: Arrays, step: int) -> tuple[np.ndarray, np.ndarray]:
     return np.moveaxis(images, 1, -1), labels
 
 
-# ---------------- from PyTorch's names and back ----------------
-
-
-def torch_names(model: nn.Module, collection: str, path: str, layers: int) -> list[str]:
-    """PyTorch's names of an array of the model, or of something in a module of it: one, or one for each layer."""
-    name = torch_name(path, model.torch_names)
-    module, _, leaf = name.rpartition(".")
-    leaf = LEAVES.get(collection, {}).get(leaf, leaf)
-    name = f"{module}.{leaf}" if module else leaf
-    return [name.replace("*", str(layer)) for layer in range(layers)] if "*" in name else [name]
-
-
-def to_torch(model: nn.Module, collection: str, tree: Mapping[str, Any]) -> Arrays:
-    """{PyTorch's name: array in PyTorch's layout} of a collection, or of what is like one, such as gradients."""
+def by_layer(model: nn.Module, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """{PyTorch's name: array} of what modules keep, the layers of a stack one by one."""
     found = {}
     for path, leaf in flatten_dict(tree, sep=".").items():
-        names = torch_names(model, collection, path, len(leaf) if leaf.ndim else 0)
-        layers = np.asarray(leaf) if "*" in torch_name(path, model.torch_names) else [np.asarray(leaf)]
-        for name, array in zip(names, layers, strict=True):
-            kernel = path.endswith("kernel") and array.ndim > 1
-            array = np.moveaxis(array, (-1, -2), (0, 1)) if kernel else array
-            found[name] = _columns(model, path, array, back=True)
+        name = torch_name(path, model.torch_names)
+        found |= {name.replace("*", str(i)): part for i, part in enumerate(leaf)} if "*" in name else {name: leaf}
     return found
-
-
-def from_torch(model: nn.Module, arrays: Arrays) -> dict[str, Any]:
-    """The parameters and running statistics of a model; every array is used, and every variable found."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)
-    variables, used = {}, set()
-    for collection in {"params", "batch_stats"} & set(shapes):
-        flat = {}
-        for path, leaf in flatten_dict(shapes[collection], sep=".").items():
-            stacked = "*" in torch_name(path, model.torch_names)
-            names = torch_names(model, collection, path, leaf.shape[0] if leaf.ndim else 0)
-            layers = [_columns(model, path, arrays[name]) for name in names]
-            used |= set(names)
-            if path.endswith("kernel") and layers[0].ndim > 1:
-                layers = [np.moveaxis(array, (0, 1), (-1, -2)) for array in layers]
-            flat[path] = jnp.asarray(np.stack(layers) if stacked else layers[0])
-            assert flat[path].shape == leaf.shape, (path, flat[path].shape, leaf.shape)
-        variables[collection] = unflatten_dict(flat, sep=".")
-    assert used == set(arrays), used ^ set(arrays)
-    return variables
-
-
-def _columns(model: nn.Module, path: str, array: np.ndarray, back: bool = False) -> np.ndarray:
-    """A dense weight [out, in] whose inputs are flattened maps, in the order (H, W, C) for PyTorch's (C, H, W)."""
-    flattened = getattr(model, "torch_flattened", {}).get(path.removesuffix(".kernel"))
-    if flattened is None or array.ndim != 2:
-        return array
-    channels, *sides = flattened
-    shape, axes = ((*sides, channels), (0, 3, 1, 2)) if back else (flattened, (0, 2, 3, 1))
-    return array.reshape(len(array), *shape).transpose(axes).reshape(array.shape)
 
 
 def close(found: Arrays, expected: Arrays, rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -126,7 +79,7 @@ def check_outputs(name: str, small: Make, kind: str) -> None:
     """
     _, arrays = recording(name)
     model, expected = small(native=dpa_jax.activation(kind)), under(arrays, f"{kind}/")
-    variables = from_torch(model, under(arrays, "init/"))
+    variables = variables_from_torch(model, under(arrays, "init/"), {})
     images, labels = batch(arrays, 0)
 
     @jax.jit  # one program: where evaluation is what training is, it is compiled once
@@ -141,14 +94,14 @@ def check_outputs(name: str, small: Make, kind: str) -> None:
     np.testing.assert_allclose(evaluated, expected["eval_logits"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits, expected["train_logits"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
-    gradients = to_torch(model, "params", gradients)
+    gradients = to_torch(model, {"params": gradients})
     recorded = under(expected, "grad/")  # of the *_imagenet recordings only some
     # Where the exact gradient is 0, as that of a key's bias, both have rounding.
     close({name: gradients[name] for name in recorded}, recorded, rtol=1e-4, atol=1e-6)
     norms = {name: np.linalg.norm(array) for name, array in gradients.items()}
     names = map(str, expected["grad_norm_names"])
     close(norms, dict(zip(names, expected["grad_norm"], strict=True)), rtol=1e-4, atol=1e-6)
-    close(to_torch(model, "batch_stats", new.get("batch_stats", {})), under(expected, "bn_after/"), atol=1e-5)
+    close(to_torch(model, new), under(expected, "bn_after/"), atol=1e-5)
 
 
 def check_dpa(name: str, small: Make, run: str = "dpa", **options: Any) -> None:
@@ -162,7 +115,7 @@ def check_dpa(name: str, small: Make, run: str = "dpa", **options: Any) -> None:
     model = small(native=dpa_jax.activation(settings["other_activations"]), activation=dpa, **options)
     shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)
     variables = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree) for name, tree in shapes.items()}
-    variables |= from_torch(model, under(arrays, "init/"))
+    variables = variables_from_torch(model, under(arrays, "init/"), variables)
     optimizer = _optimizer(settings)
     opt_state = optimizer.init(variables["params"])
     step = jax.jit(functools.partial(_dpa_step, model, optimizer, settings["coefs"][0]))
@@ -171,19 +124,19 @@ def check_dpa(name: str, small: Make, run: str = "dpa", **options: Any) -> None:
         # Compared are losses by rtol, or absolutely where they are under 0.01.
         np.testing.assert_allclose(seen["losses"], expected["losses"][t], rtol=2e-5, atol=2e-7, err_msg=f"step {t}")
         np.testing.assert_allclose(seen["norm"], expected["grad_norm"][t], rtol=5e-5, err_msg=f"step {t}")
-        masked = _by_layer(model, seen["masked"])
+        seen_by = {path.replace("/", ".") + ".mean": counts for path, counts in seen["masked"].items()}
+        masked = {name.removesuffix(".mean"): int(np.sum(n)) for name, n in by_layer(model, seen_by).items()}
         assert [masked[layer] for layer in settings["pools"]] == expected["masked_count"][t].tolist(), f"step {t}"
         assert len(masked) == len(settings["pools"])
 
     for kind, tolerance in (("forward", 3e-5), ("backward", 1e-6)):
-        memory = to_torch(model, "", variables[f"{kind}_memory"])
+        memory = by_layer(model, variables[f"{kind}_memory"])
         found = {layer: memory[f"{layer}.mean"] for layer in settings["pools"]}
         close(found, {layer: np.nan_to_num(expected[f"memory/{layer}/{kind}"]) for layer in found}, atol=tolerance)
     logits = jax.jit(model.apply)(variables, batch(arrays, -1)[0])
     np.testing.assert_allclose(logits, expected["eval_logits"], rtol=0, atol=2e-5)
     if final := under(expected, "final/"):
-        found = [to_torch(model, kind, variables.get(kind, {})) for kind in ("params", "batch_stats")]
-        close(found[0] | found[1], final, atol=2e-5)
+        close(to_torch(model, variables), final, atol=2e-5)
 
 
 def _optimizer(settings: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -214,15 +167,6 @@ def _dpa_step(model, optimizer, coefficient, variables, opt_state, images, label
     new["params"] = optax.apply_updates(variables["params"], updates)
     new["backward_memory"] = optax.apply_updates(variables["backward_memory"], gradients["backward_memory"])
     return new, opt_state, {"losses": losses, "norm": optax.tree.norm(gradients["params"]), "masked": masked}
-
-
-def _by_layer(model: nn.Module, masked: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Counts [L] by the activation's path -> counts by PyTorch's name of the activation."""
-    found = {}
-    for path, counts in masked.items():
-        names = torch_names(model, "", path.replace("/", ".") + ".mean", len(counts))
-        found |= dict(zip((name.removesuffix(".mean") for name in names), counts.tolist(), strict=True))
-    return found
 
 
 def count_parameters(name: str, num_classes: int) -> int:
