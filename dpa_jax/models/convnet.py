@@ -28,7 +28,6 @@ class BatchNorm(nn.BatchNorm):
     """
 
     momentum: float = 0.9  # PyTorch's 0.1
-    use_fast_variance: bool = False  # in two passes: E[x^2] - E[x]^2 loses digits
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:  # type: ignore[override]
         """Normalises x [..., C] over all axes but the channels'."""

@@ -48,12 +48,6 @@ def test_evaluation_and_initialisation_leave_the_statistics():
         np.testing.assert_array_equal(stats["var"], np.ones(3))
 
 
-def test_large_means_do_not_cost_digits():
-    x = np.random.default_rng(0).normal(1000, 1, (64, 2, 2, 1)).astype(np.float32)
-    _, stats = updated(jnp.asarray(x))
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * x.astype(np.float64).var((0, 1, 2), ddof=1), rtol=1e-5)
-
-
 def test_devices_that_share_a_batch_see_all_of_it():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2, 2, 3)), jnp.float32)
     variables = BatchNorm(use_running_average=False).init(jax.random.key(0), x)

@@ -73,7 +73,15 @@ def test_outputs_and_gradients_for_large_images_are_pytorchs(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_training_with_dpa_in_the_last_block_is_pytorchs(name):
-    zoo.check_dpa(name, functools.partial(small, name))
+    """In float64 where there are BatchNorms and depthwise convolutions, or BatchNorms between max pools.
+
+    An activation falls within rounding of 0 or 6 there, or two of a pool are equal but for it: in float32 the compiled
+    code decides. Of six ways to compile MobileNet V2 three ended within 4e-6 of the recorded gradient norms, the others
+    were 1e-4 off.
+    """
+    double = name in ("mobilenet_v1", "mobilenet_v2", "shufflenet_v2", "vgg11_bn")
+    with jax.enable_x64(double):
+        zoo.check_dpa(name, functools.partial(small, name, dtype=jnp.float64 if double else jnp.float32))
 
 
 def test_training_with_dpa_everywhere_is_pytorchs():
