@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Variable,
         activation,
         apply_updates,
+        current_labels,
         diagnose,
         penalties,
         register,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "MUTABLE", "RAA", "Mechanism", "Variable", "activation"]
-__all__ += ["apply_updates", "diagnose", "penalties", "register", "reset_counters", "summarize", "supervise", "swap"]
+__all__ += ["apply_updates", "current_labels", "diagnose", "penalties", "register", "reset_counters", "summarize"]
+__all__ += ["supervise", "swap"]
 __all__ += ["activations", "data", "models", "nnx"]
 __version__ = "0.1.0"
 

@@ -140,16 +140,18 @@ def as_array(owner: str, what: str, value: Any) -> jax.Array:
 
 
 def check_labels(owner: str, x: jax.Array, labels: Any, rows_per_sample: int = 1) -> jax.Array:
-    """``labels`` as int32 [B], of any integer type; what int32 does not hold is its nearest number, or -1 below it.
+    """``labels`` as int32, of any integer type; what int32 does not hold is its nearest number, or -1 below it.
 
-    Raises ValueError unless there is one integer per sample of ``x`` [B * rows_per_sample, ...].
+    Raises ValueError unless there is one integer per sample of ``x``: [B] for [B * rows_per_sample, ...], or [B, N] (or
+    more axes) for [B, N, ..., C] where there is a row a sample.
     """
     try:
         labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)  # JAX would cut off what is too large
     except ValueError as error:
         raise ValueError(f"{owner}: labels must be an array; got a {type(labels).__name__}") from error
     wanted = (x.shape[0] // rows_per_sample,)
-    if labels.shape != wanted:
+    each = rows_per_sample == 1 and 1 < labels.ndim < x.ndim and labels.shape == x.shape[: labels.ndim]
+    if labels.shape != wanted and not each:
         raise ValueError(
             f"{owner}: labels must have shape {wanted}, one per sample of the input {x.shape}; got {labels.shape}"
         )

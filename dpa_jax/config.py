@@ -311,10 +311,11 @@ def validate(config: Mapping[str, Any]) -> None:
     schedule, epochs, augment = config["schedule"], config["epochs"], config["augment"]
     warmup, highest = schedule["warmup_epochs"], config["optimizer"]["learning_rate"]
     if warmup > (longest := longest_warmup(schedule["name"], epochs)):
-        share = "half of epochs" if schedule["name"] == "cosine" else "epochs"
+        cosine = schedule["name"] == "cosine"
+        rule = "half of epochs, for the cosine ends as many before the last" if cosine else "epochs, or all is warm-up"
         raise ValueError(
-            f"config: schedule.warmup_epochs must be less than {share}, so that the rate comes down from its highest; "
-            f"got {warmup} of {epochs}, where it may be {f'0 to {longest}' if longest else 'only 0'}"
+            f"config: schedule.warmup_epochs must be less than {rule}; got {warmup} of {epochs}, where it may be "
+            + (f"0 to {longest}" if longest else "only 0")
         )
     for name in ("min_learning_rate", *(["warmup_learning_rate"] if warmup else [])):
         check_range("config", f"schedule.{name}", schedule[name], 0.0, highest)
@@ -330,8 +331,8 @@ def validate(config: Mapping[str, Any]) -> None:
 
 def longest_warmup(schedule: str, epochs: int) -> int:
     """The most epochs of warm-up that a schedule, by its name, has a place for."""
-    # The cosine, counted from the first step on, takes the other epochs: with half of them it would be at its end
-    # when the warm-up is.
+    # The cosine is counted from the first step on and ends as many epochs before the last as the warm-up takes: with
+    # half of them it is at its end when the warm-up is.
     return (epochs - 1) // 2 if schedule == "cosine" else epochs - 1
 
 

@@ -13,13 +13,13 @@ from dpa_jax.activations.memory import remember_gradient
 from dpa_jax.activations.penalties import Ratio, Record, Summary, penalties, summarize
 from dpa_jax.activations.raa import RAA
 from dpa_jax.activations.registry import activation, apply_updates, default_coefficients, register, reset_counters
-from dpa_jax.activations.supervision import supervise
+from dpa_jax.activations.supervision import current_labels, supervise
 from dpa_jax.activations.swap import Site, swap
 
 __all__ = ["AIEC", "ARR", "COLLECTIONS", "DPA", "GDN", "MUTABLE", "RAA", "Elementwise", "Mechanism", "Ratio"]
-__all__ += ["Record", "Site", "Summary", "Variable", "activation", "apply_updates", "default_coefficients"]
-__all__ += ["diagnose", "penalties", "register", "remember_gradient", "reset_counters", "summarize", "supervise"]
-__all__ += ["swap", "threshold"]
+__all__ += ["Record", "Site", "Summary", "Variable", "activation", "apply_updates", "current_labels"]
+__all__ += ["default_coefficients", "diagnose", "penalties", "register", "remember_gradient", "reset_counters"]
+__all__ += ["summarize", "supervise", "swap", "threshold"]
 
 MUTABLE: tuple[str, ...]
 COLLECTIONS: tuple[str, ...]

@@ -53,7 +53,7 @@ class AIEC(Mechanism):
     tau: float = 0.0
     update_interval: int = 5
     pool: str | None = None
-    axis_name: str | None = None
+    axis_name: str | tuple | None = None
 
     kept: ClassVar = {
         "decision_weights": Variable("params", "decision_weights", start=nn.initializers.xavier_uniform()),
@@ -116,7 +116,9 @@ def consensus_mask(record: Record) -> jax.Array:
     return jax.vmap(mem.recall)(record.seen["irrelevant"], record.seen["labels"])
 
 
-def count_activity(values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | None) -> dict[str, Any]:
+def count_activity(
+    values: jax.Array, logits: jax.Array, labels: jax.Array, axis_name: str | tuple | None
+) -> dict[str, Any]:
     """Over the samples that the layer itself classifies correctly, how often each channel was on and off.
 
     Counts are int32: ``active`` and ``inhibited`` [K, C], ``total`` [K]. Invalid labels count nowhere.

@@ -50,7 +50,7 @@ class ARR(Mechanism):
     momentum: float = 0.1
     update_interval: int = 1
     pool: str | None = None
-    axis_name: str | None = None
+    axis_name: str | tuple | None = None
 
     kept: ClassVar = {
         "mean": Variable("response_memory", "mean"),
@@ -101,7 +101,7 @@ class ARR(Mechanism):
 
 
 def response_steps(
-    labels: jax.Array, count: jax.Array, momentum: float, update_interval: int, axis_name: str | None = None
+    labels: jax.Array, count: jax.Array, momentum: float, update_interval: int, axis_name: str | tuple | None = None
 ) -> tuple[tuple[jax.Array, jax.Array], mem.UpdateWeights, jax.Array]:
     """What the labels of a batch do to a memory in which a class's every ``update_interval``-th sample enters.
 

@@ -65,12 +65,14 @@ class DPA(Mechanism):
         update_interval: the memories are updated in every ``update_interval``-th training call.
         pool: how an input becomes one vector per sample: ``"token"`` the first token of [B, N, C], ``"mean"``
             over the middle axes of [B, ..., C], ``"none"`` for [B, C], ``"auto"`` by the rank: none for [B, C], token
-            for [B, N, C], mean for all others. None: what the call says, else ``"token"``.
+            for [B, N, C], mean for all others. None: what the call says, else ``"auto"``. With a label for each token,
+            [B, N], it is about what is left of a sample: nothing of [B, N, C].
         criterion: which perspectives mask a channel: ``"intersection"`` (the method), ``"union"``, ``"forward"``,
             ``"backward"`` or ``"all"`` (DPA, Table 3).
         axis_name: inside of ``shard_map`` or ``pmap``, the mapped axis over which the batch is spread, as flax's
             ``BatchNorm`` has it: memories and penalties are those of the devices' batches one after the other, and
-            the mean of the penalties over the devices is the whole batch's (``docs/drop_in.md``).
+            the mean of the penalties over the devices is the whole batch's (``docs/drop_in.md``). ``()`` for a model of
+            its own on each device.
 
     Raises:
         ValueError: for a setting outside of these, and for inputs or labels whose shape does not fit.
@@ -82,7 +84,7 @@ class DPA(Mechanism):
     update_interval: int = 5
     pool: str | None = None
     criterion: str = "intersection"
-    axis_name: str | None = None
+    axis_name: str | tuple | None = None
 
     kept: ClassVar = {
         "forward_memory": Variable("forward_memory", "mean"),

@@ -7,6 +7,8 @@ from `supervise`, check shapes, write memories back and record for `dpa_jax.pena
 
 import dataclasses
 import functools
+import math
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.linen import module as linen_module
+from jax.sharding import PartitionSpec
 
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.penalties import RECORDS, Record, Summary
+from dpa_jax.activations.sharding import on_auto_axes, spec, spec_of_samples
 from dpa_jax.activations.supervision import supervised
 from dpa_jax.checks import INT32, check_choice, check_input, check_labels, check_sizes
 
@@ -106,7 +110,8 @@ class Mechanism(nn.Module):
         """The activation with its state.
 
         Args:
-            x: the input, [B, ..., C], or [B * R, ..., C] where R rows belong to a sample.
+            x: the input, [B, ..., C], or [B * R, ..., C] where R rows belong to a sample, or [B, N, ..., C] where
+                samples are counted by two axes, or more; then there are B * N samples, here called B.
             labels: [B] integers, -1 for samples without one; None only where the mechanism is not class-wise.
             state: {key of ``kept``: array}, before this batch.
             train: whether the state is updated.
@@ -142,8 +147,9 @@ class Mechanism(nn.Module):
 
         Args:
             x: [B, ..., C], of a rank that the pool takes; any floating dtype. The output is like it.
-            labels: [B] integers, -1 for samples to be left out. None: those of `dpa_jax.supervise`, and outside of
-                it the plain activation and nothing else.
+            labels: [B] integers, -1 for samples to be left out; [B, N] where a sample is a token of ``x`` [B, N, C] (or
+                a node, a box), so of several axes what several axes count. None: those of `dpa_jax.supervise`, and
+                outside of it the plain activation and nothing else.
             train: whether the state is updated. Without, it is read for the penalties where the call's ``mutable``
                 asks for them.
             pool: as the attribute, where that is not set.
@@ -204,13 +210,15 @@ class Mechanism(nn.Module):
         return y
 
     @nn.nowrap
-    def prepared(self, x: Any, pool: str | None, rows_per_sample: int) -> tuple[jax.Array, Pool]:
-        """The checked input of a call, and its pool: the attribute's or the call's, ``"token"`` where neither says."""
+    def prepared(
+        self, x: Any, pool: str | None, rows_per_sample: int
+    ) -> tuple[jax.Array, functools.partial[jax.Array]]:
+        """The checked input of a call, and its pool: the attribute's or the call's, ``"auto"`` where neither says."""
         owner, attribute = type(self).__name__, getattr(self, "pool", None)
         x = check_input(owner, x)
         if pool is not None:
             check_choice(owner, "pool", pool, mem.POOLS)
-        how = "token" if attribute is None and pool is None else nn.merge_param("pool", attribute, pool)
+        how = "auto" if attribute is None and pool is None else nn.merge_param("pool", attribute, pool)
         check_sizes(owner, {"rows_per_sample": rows_per_sample}, high=INT32)
         if x.shape[0] % rows_per_sample:
             raise ValueError(f"{owner}: {rows_per_sample} rows per sample do not divide the input's {x.shape[0]}")
@@ -218,7 +226,14 @@ class Mechanism(nn.Module):
 
     @nn.nowrap
     def call(
-        self, x: jax.Array, labels: Any, train: bool, recording: bool, read: Callable[[], State], pool: Pool, rows: int
+        self,
+        x: jax.Array,
+        labels: Any,
+        train: bool,
+        recording: bool,
+        read: Callable[[], State],
+        pool: functools.partial[jax.Array],
+        rows: int,
     ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
         """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
@@ -231,11 +246,23 @@ class Mechanism(nn.Module):
         train = train or asked
         if (labels is None and self.class_wise) or not (train or recording):
             return self.plain(x), {}, None
-        owner, state = type(self).__name__, read()
+        owner, state, samples = type(self).__name__, read(), x.shape[0] // rows
+        if train and getattr(self, "axis_name", ()) is None:
+            check_no_mapped_axis(owner)
         if labels is not None:
             labels = check_labels(owner, x, labels, rows)
+            samples = labels.size
+            if labels.ndim > 1:
+                pool = functools.partial(pool, sample_axes=labels.ndim)
+            elif hasattr(self, "pool") and pool.keywords["how"] == "auto" and x.ndim == 3 and rows == 1:
+                warn_of_first_token(owner, x.shape[1])
         state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
-        y, new, seen = self.observe(x, labels, state, train, pool)
+
+        def observe(x: jax.Array, labels: Any, state: State) -> Observed:
+            return self.observe(x, None if labels is None else labels.reshape(samples), state, train, pool)
+
+        specs = functools.partial(_specs, x, state, rows, samples)
+        y, new, seen = on_auto_axes(observe, x, labels, state, specs=specs)
         settings = self.clone(parent=None, name=None)
         return y, new if train else {}, Record(settings, seen, labels, jnp.zeros((), jnp.float32))
 
@@ -261,9 +288,43 @@ class Mechanism(nn.Module):
         return found if found is not None and found.call.model() is model() else _Recorded((), {}, _Call(model))
 
 
+def _specs(x: jax.Array, state: State, rows_per_sample: int, samples: int, observed: Observed) -> Any:
+    """How what `Mechanism.observe` returned is spread over Explicit axes: like ``x``, the state, and the samples."""
+    _, new, seen = observed
+    over = spec_of_samples(x, rows_per_sample)
+    seen = jax.tree.map(lambda leaf: over if jnp.shape(leaf)[:1] == (samples,) else PartitionSpec(), seen)
+    return spec(x), {key: spec(state[key]) for key in new}, seen
+
+
+def check_no_mapped_axis(owner: str) -> None:
+    """Raises ValueError inside of ``shard_map`` and ``pmap``, where a module sees the samples of one device."""
+    if axes := jax.sharding.get_abstract_mesh().manual_axes:
+        axis = next((repr(axis) for axis in axes if not str(axis).startswith("_")), "the axis_name of pmap")
+        raise ValueError(
+            f"{owner}: inside of shard_map or pmap each device would train a memory of its own samples. Set "
+            f"axis_name={axis} for one memory of all, or axis_name=() if that is meant"
+        )
+
+
+@functools.cache
+def warn_of_first_token(owner: str, tokens: int) -> None:
+    """Warns, once, that the first of so many tokens is a sample's, unless the others may be those of a square image."""
+    if tokens and math.isqrt(tokens - 1) ** 2 != tokens - 1:
+        warnings.warn(
+            f"{owner}: the first of {tokens} tokens is taken for the sample. If it is a class token, set pool='token'; "
+            "if there is none, set pool='mean', or give labels [B, N], one for each token",
+            stacklevel=2,
+        )
+
+
 def outermost_module() -> nn.Module:
     """The module whose ``apply`` is running. Flax makes it anew for each ``apply``, and keeps it nowhere public."""
     return next(module for module in linen_module._context.module_stack if module is not None)
+
+
+def innermost_module() -> Any:
+    """The module whose method is running; None outside of all."""
+    return linen_module._context.module_stack[-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,10 @@ Labels outside 0..K-1 (-1 by convention: padding, unlabelled) take no part, and 
 not all finite: in a product with the weights of other classes, 0 times NaN is NaN.
 
 Inside of ``shard_map``, ``pmap`` or ``vmap`` an ``axis_name`` says over which mapped axis the batch is spread: each
-device holds B samples of a global batch, which is the devices' batches one after the other.
+device holds B samples of a global batch, which is the devices' batches one after the other. None and () are no axis.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,15 +27,22 @@ import jax.numpy as jnp
 from flax import struct
 
 POOLS = ("token", "mean", "none", "auto")
+NO_AXIS = (None, ())
 
 
-def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
+def pool(x: jax.Array, how: str, rows_per_sample: int = 1, sample_axes: int = 1) -> jax.Array:
     """One float32 vector per sample, [B, C]; `DPA` says how. ``x`` [B * R, ...] of R rows per sample is [B, R, ...].
+
+    Where several axes of ``x`` count samples, B is their product; a sample that is a vector [C] is itself what it
+    becomes, however it should be pooled.
 
     Raises ValueError if the rank of ``x`` does not fit the pool.
     """
     if rows_per_sample > 1:
         x = x.reshape(x.shape[0] // rows_per_sample, rows_per_sample, *x.shape[1:])
+    if sample_axes > 1:
+        x = x.reshape(math.prod(x.shape[:sample_axes]), *x.shape[sample_axes:])
+        how = "none" if x.ndim == 2 else how
     if how == "auto":
         how = {2: "none", 3: "token"}.get(x.ndim, "mean")
     if how == "token" and x.ndim == 3:
@@ -44,7 +52,9 @@ def pool(x: jax.Array, how: str, rows_per_sample: int = 1) -> jax.Array:
     if how == "none" and x.ndim == 2:
         return x.astype(jnp.float32)
     wanted = {"token": "[B, N, C]", "mean": "[B, ..., C] of rank 3 or more", "none": "[B, C]"}
-    raise ValueError(f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}")
+    raise ValueError(
+        f"pool={how!r} takes an input of shape {wanted[how]}; got {x.shape}. pool='auto' goes by the number of axes"
+    )
 
 
 def taking_part(values: jax.Array, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -53,9 +63,9 @@ def taking_part(values: jax.Array, labels: jax.Array, num_classes: int) -> tuple
     return jnp.where(part[:, None], values, 0.0), jnp.where(part, labels, -1)
 
 
-def gather_labels(labels: jax.Array, axis_name: str | None) -> jax.Array:
+def gather_labels(labels: jax.Array, axis_name: str | tuple | None) -> jax.Array:
     """The labels of the global batch, [B] -> [devices * B], the same array on every device."""
-    if axis_name is None:
+    if axis_name in NO_AXIS:
         return labels
     size = labels.shape[0]
     places = jnp.zeros(jax.lax.axis_size(axis_name) * size, labels.dtype)
@@ -64,17 +74,17 @@ def gather_labels(labels: jax.Array, axis_name: str | None) -> jax.Array:
     return jax.lax.psum(places, axis_name)
 
 
-def own_part(gathered: jax.Array, axis_name: str | None) -> jax.Array:
+def own_part(gathered: jax.Array, axis_name: str | tuple | None) -> jax.Array:
     """This device's samples of an array over the global batch: [devices * B, ...] -> [B, ...]."""
-    if axis_name is None:
+    if axis_name in NO_AXIS:
         return gathered
     size = gathered.shape[0] // jax.lax.axis_size(axis_name)
     return jax.lax.dynamic_slice_in_dim(gathered, jax.lax.axis_index(axis_name) * size, size, axis=0)
 
 
-def sum_devices(tree: Any, axis_name: str | None) -> Any:
+def sum_devices(tree: Any, axis_name: str | tuple | None) -> Any:
     """The sum of each array over the devices; the arrays themselves without an axis."""
-    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+    return tree if axis_name in NO_AXIS else jax.lax.psum(tree, axis_name)
 
 
 @struct.dataclass
@@ -86,7 +96,7 @@ class UpdateWeights:
 
     keep: jax.Array
     add: jax.Array
-    axis_name: str | None = struct.field(pytree_node=False, default=None)
+    axis_name: str | tuple | None = struct.field(pytree_node=False, default=None)
 
 
 def class_ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +116,9 @@ def valid_labels(labels: jax.Array, num_classes: int) -> jax.Array:
     return (labels >= 0) & (labels < num_classes)
 
 
-def update_weights(labels: jax.Array, num_classes: int, momentum: float, axis_name: str | None = None) -> UpdateWeights:
+def update_weights(
+    labels: jax.Array, num_classes: int, momentum: float, axis_name: str | tuple | None = None
+) -> UpdateWeights:
     """The closed form's weights of labels [B], exact for repeated classes; linear in the batch but for a sort."""
     labels = gather_labels(labels, axis_name)
     labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
@@ -118,7 +130,7 @@ def update_weights(labels: jax.Array, num_classes: int, momentum: float, axis_na
     return UpdateWeights(keep, weight_matrix(labels, weights, num_classes, axis_name), axis_name)
 
 
-def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int, axis_name: str | None) -> jax.Array:
+def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int, axis_name: str | tuple | None) -> jax.Array:
     """`UpdateWeights.add` [B, K] from the labels and the weights of the samples of the global batch."""
     labels, weights = own_part(labels, axis_name), own_part(weights, axis_name)
     return jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
@@ -137,7 +149,7 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def prefix_means(
-    recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | None = None
+    recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | tuple | None = None
 ) -> jax.Array:
     """Each sample's row of its class right after its own update, [B, C]; ``recalled`` are those before the batch."""
     decay = jnp.full(labels.shape, 1.0 - momentum, jnp.float32)
@@ -145,7 +157,7 @@ def prefix_means(
 
 
 def prefix_rows(
-    recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | None = None
+    recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | tuple | None = None
 ) -> jax.Array:
     """Each sample's row [B, C] right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
 
@@ -163,7 +175,7 @@ def prefix_rows(
     first, factors = own_part(first[back], axis_name)[:, None], factors[:, None]
     terms = terms + jnp.where(first, factors * recalled, 0.0)
     factors = jnp.where(first, 0.0, factors)
-    if axis_name is not None:
+    if axis_name not in NO_AXIS:
         factors, terms = jax.lax.all_gather((factors, terms), axis_name, tiled=True)
 
     def compose(earlier, later):

@@ -14,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
+
+from dpa_jax.activations.sharding import on_auto_axes
 
 RECORDS = "penalty_records"
 """The collection of records. Those of an earlier call are dropped where they come in with a model's variables."""
@@ -37,12 +40,12 @@ class Ratio:
     def __add__(self, other: Ratio) -> Ratio:
         return Ratio(self.total + other.total, self.count + other.count)
 
-    def share(self, axis_name: str | None) -> Ratio:
+    def share(self, axis_name: str | tuple | None) -> Ratio:
         """This device's share of the ratio over all devices: the mean of the shares is the whole, gradient included.
 
         A mean over devices is what loss and gradients get anyway. The gradient is the total's; counts have none.
         """
-        if axis_name is None:
+        if axis_name in (None, ()):
             return self
         count = jax.lax.psum(jax.lax.stop_gradient(self.count), axis_name)
         return Ratio(self.total * jax.lax.axis_size(axis_name), count)
@@ -91,7 +94,12 @@ def summarize(mutated: Mapping[str, Any]) -> Summary:
     records = [leaf for leaf in leaves if isinstance(leaf, Record)]
     summary = Summary()
     for mechanism in dict.fromkeys(type(record.settings) for record in records):
-        part = mechanism.summarize(stack_alike([r for r in records if type(r.settings) is mechanism]))
+        own = [record for record in records if type(record.settings) is mechanism]
+        part = on_auto_axes(
+            lambda own, mechanism=mechanism: mechanism.summarize(stack_alike(own)),
+            own,
+            specs=lambda part: jax.tree.map(lambda _: PartitionSpec(), part),
+        )
         for ours, its in ((summary.terms, part.terms), (summary.figures, part.figures)):
             for name, ratio in its.items():
                 ours[name] = ours[name] + ratio if name in ours else ratio

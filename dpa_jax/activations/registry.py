@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import AssignSubModuleError
 
 from dpa_jax.activations.aiec import AIEC
 from dpa_jax.activations.arr import ARR
 from dpa_jax.activations.baselines import ELU, GDN, Elementwise, LeakyReLU, LearnableSwish, PReLU
 from dpa_jax.activations.dpa import DPA
-from dpa_jax.activations.mechanism import Mechanism, Variable
+from dpa_jax.activations.mechanism import Mechanism, Variable, innermost_module
 from dpa_jax.activations.penalties import RECORDS
 from dpa_jax.activations.raa import RAA
 from dpa_jax.checks import add_factory, check_call, check_choice
@@ -58,8 +59,8 @@ def activation(name: str, **options) -> Callable[..., Any]:
     ========================= =====================================================================
 
     ``factory(name=...)`` makes a module, to be called as ``module(x, labels=None, train=False)``. ``factory(x)`` makes
-    one and applies it at once, for models that take ``act=some_function`` and call ``self.act(x)`` in a compact method:
-    every such call becomes a submodule of its own, and `dpa_jax.supervise` hands it the labels.
+    one and applies it at once, for models that take ``act=some_function``, or set ``self.act`` in ``setup``, and call
+    ``self.act(x)``: every such call becomes a submodule of its own, and `dpa_jax.supervise` hands it the labels.
 
     Raises:
         ValueError: for an unknown name (with the nearest ones).
@@ -73,8 +74,14 @@ def activation(name: str, **options) -> Callable[..., Any]:
         raise TypeError(f"activation: the factory of {name!r} must make linen modules; it made a {type(made).__name__}")
 
     def factory(*inputs: Any, **attributes: Any) -> Any:
-        module = make(**attributes)
-        return module(*inputs) if inputs else module
+        if not inputs:
+            return make(**attributes)
+        try:
+            module = make(**attributes)
+        except AssignSubModuleError:  # in a method of a module with `setup`: flax makes submodules in compact ones only
+            scope = innermost_module().scope
+            module = make(parent=scope.push(scope.default_name(f"{type(made).__name__}_")), **attributes)
+        return module(*inputs)
 
     return factory
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Supervision(NamedTuple):
-    """What `supervise` was given: labels [B] or None, and whether memories are updated."""
+    """What `supervise` was given: labels [B] or [B, N], or None, and whether memories are updated."""
 
     labels: jax.Array | None
     train: bool
@@ -24,14 +24,16 @@ _cache_key = jax.make_user_context(None)
 
 @contextlib.contextmanager
 def supervise(labels: jax.Array | None, train: bool = False) -> Iterator[None]:
-    """Hands labels [B] to every stateful activation that is called without them while the block lasts.
+    """Hands labels to every stateful activation that is called without them while the block lasts.
 
-    Enter it inside the jitted step, around ``model.apply``, with the labels that the step was given::
+    Labels are [B], or [B, N] with one for each token of [B, N, C]. Enter it inside the jitted step, around
+    ``model.apply``, with the labels that the step was given::
 
         with dpa_jax.supervise(labels, train=True):
             logits, mutated = model.apply(variables, images, mutable=dpa_jax.MUTABLE)
 
-    Blocks nest: the innermost counts, and ``supervise(None)`` takes the labels away. Outside of every block an
+    Blocks nest: the innermost counts, and ``supervise(None)`` takes the labels away, as around a teacher that must not
+    learn. Outside of every block an
     activation without labels is the plain threshold. Around a jitted function, rather than inside it, the
     result is the same, but new labels compile the function anew. ``train`` says whether memories are updated.
     """
@@ -53,3 +55,8 @@ def supervise(labels: jax.Array | None, train: bool = False) -> Iterator[None]:
 def supervised(labels: jax.Array | None, train: bool) -> Supervision:
     """A call's own labels where it has some, those of the innermost `supervise` otherwise."""
     return _current.get() if labels is None else Supervision(labels, train)
+
+
+def current_labels() -> jax.Array | None:
+    """The labels that the innermost `supervise` was given; None outside of all, and inside of ``supervise(None)``."""
+    return _current.get().labels

@@ -15,6 +15,7 @@ from dpa_jax.models.mobilenet_v2 import MobileNetV2
 from dpa_jax.models.pvt import PVT
 from dpa_jax.models.resnet import ResNet
 from dpa_jax.models.shufflenet_v2 import ShuffleNetV2
+from dpa_jax.models.tnt import TNT
 from dpa_jax.models.torch import to_torch, variables_from_torch
 from dpa_jax.models.vgg import VGG
 from dpa_jax.models.vit import ViT
@@ -43,6 +44,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18_224": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), **_LARGE),
     "shufflenet_v2": ShuffleNetV2,
     "shufflenet_v2_224": functools.partial(ShuffleNetV2, **_LARGE),
+    "tnt": TNT,
+    "tnt_small_patch4_32": functools.partial(TNT, image_size=32, patch_size=4, first_stride=1),
+    "tnt_small_patch16_224": functools.partial(TNT, image_size=224, patch_size=16, first_stride=4),
     "vgg11": VGG,
     "vgg11_224": functools.partial(VGG, **_LARGE),
     "vgg11_bn": functools.partial(VGG, batch_norm=True),
@@ -87,4 +91,4 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
 
 
 __all__ = ["MODELS", "PVT", "VGG", "AlexNet", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet", "ShuffleNetV2"]
-__all__ += ["ViT", "create", "register", "to_torch", "variables_from_torch"]
+__all__ += ["TNT", "ViT", "create", "register", "to_torch", "variables_from_torch"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.activations.sharding import on_auto_axes, spec
 from dpa_jax.checks import INT32, as_array, check_call, check_sizes
 
 # The papers' programs cut this normal at +-2, a hundred standard deviations out.
@@ -193,6 +194,17 @@ def activate(
         return module(x, labels, train)
     own = getattr(module, "pool", None)
     return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
+
+
+class Dropout(nn.Dropout):
+    """Flax's, on Explicit mesh axes too: its mask is not spread over the devices as the input is."""
+
+    def __call__(self, inputs: Any, deterministic: bool | None = None, rng: jax.Array | None = None) -> Any:
+        """As flax's: [...] -> [...], with some of the values zero and the others scaled up, unless deterministic."""
+        if deterministic or self.rate == 0:
+            return inputs
+        drop, key = super().__call__, self.make_rng(self.rng_collection) if rng is None else rng
+        return on_auto_axes(lambda x, key: drop(x, deterministic, key), inputs, key, specs=lambda _: spec(inputs))
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:

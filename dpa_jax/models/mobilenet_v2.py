@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import activation as make_activation
 from dpa_jax.checks import MAX_SIZE, check_range, check_rate, check_sizes
-from dpa_jax.models import convnet
+from dpa_jax.models import convnet, layers
 
 
 class InvertedResidual(nn.Module):
@@ -95,7 +95,7 @@ class MobileNetV2(convnet.ConvNet):
         x = unit(self, x, labels, train, self.last_channels, 1, suffix="_last")
         placement.check("MobileNetV2")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = layers.Dropout(self.dropout)(x, deterministic=not train)
         return convnet.normal_dense(self.num_classes, self.last_channels, name="head")(x)
 
     @property

@@ -1,5 +1,6 @@
 """What AlexNet and VGG are: stages of convolutions with max pools between them, and two hidden dense layers."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from dpa_jax.checks import check_rate, check_sizes
 from dpa_jax.models.convnet import ConvNet, ConvUnit, adaptive_average_pool, unit_names
+from dpa_jax.models.layers import Dropout
 
 
 class Convolution(NamedTuple):
@@ -83,7 +85,8 @@ class PlainConvNet(ConvNet):
         x = adaptive_average_pool(x, plan.grid)
         x = x.reshape(len(x), -1)
         for _ in range(2):
-            dropout, number = nn.Dropout(self.dropout, deterministic=not train), next(numbers)
+            dropout = functools.partial(Dropout(self.dropout), deterministic=not train)
+            number = next(numbers)
             x = dropout(x) if plan.dropout_first else x
             x = plan.dense(self.hidden, x.shape[-1], dtype=self.dtype, name=f"fc{number}")(x)
             x = placement(self, x, labels, train, pool="none", name=f"activation{number}")

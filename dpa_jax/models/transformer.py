@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dpa_jax.activations import ARR
 from dpa_jax.activations import activation as make_activation
+from dpa_jax.activations.sharding import on_auto_axes, spec
 from dpa_jax.checks import MAX_SIZE, check_range, check_rate, check_sizes
 from dpa_jax.models import layers
 
@@ -54,7 +55,7 @@ class Attention(nn.Module):
         y = attend(made["q"], made["k"], made["v"])
         y = y.reshape(*y.shape[:2], features)
         y = layers.Dense(features, dtype=self.dtype, name="projection")(y)
-        return nn.Dropout(self.dropout)(y, deterministic=not train)
+        return layers.Dropout(self.dropout)(y, deterministic=not train)
 
     def _talking(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         """Attention with mixed heads, of [B, N, h, D / h] each; scores and softmax are float32."""
@@ -91,9 +92,9 @@ class Mlp(nn.Module):
         """Transforms each token."""
         y = layers.Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
         y = self.activation(self, y, labels, train, pool=self.pool, rows_per_sample=self.rows_per_sample)
-        y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        y = layers.Dropout(self.dropout)(y, deterministic=not train)
         y = layers.Dense(x.shape[-1], dtype=self.dtype, name="reduce")(y)
-        return nn.Dropout(self.dropout)(y, deterministic=not train)
+        return layers.Dropout(self.dropout)(y, deterministic=not train)
 
 
 class Block(nn.Module):
@@ -235,17 +236,21 @@ class Transformer(layers.ImageModel):
     def token(self, x: jax.Array, name: str, std: float = 0.02) -> jax.Array:
         """A learned token, the same for every sample of ``x`` [B, N, D]: [B, 1, D]."""
         token = self.param(name, nn.initializers.normal(std), (1, 1, x.shape[-1]), jnp.float32)
-        return jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
+        return on_auto_axes(_for_each, x, token.astype(self.dtype), specs=lambda _: spec(x))
 
     def positioned(self, x: jax.Array, train: bool, name: str = "position_embedding") -> jax.Array:
         """The tokens [B, N, D] with learned positions, and dropout."""
         x = x + self.param(name, layers.normal_init, (1, *x.shape[1:]), jnp.float32).astype(self.dtype)
-        return nn.Dropout(self.dropout)(x, deterministic=not train)
+        return layers.Dropout(self.dropout)(x, deterministic=not train)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Those of the first token of [B, N, D], normalised."""
         x = layers.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x[:, 0])
         return layers.Dense(self.num_classes, name="head")(x.astype(jnp.float32))
+
+
+def _for_each(x: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(token, (x.shape[0], 1, x.shape[-1]))
 
 
 class Isotropic(Transformer):

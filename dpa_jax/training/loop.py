@@ -187,7 +187,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
-    """Evaluates the best and the newest checkpoint of a run on all of its evaluation split; changes no file of it.
+    """Evaluates the best and the newest checkpoint of a run on its whole evaluation split; its folder stays as it is.
 
     Returns:
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.

@@ -291,7 +291,7 @@ class Run:
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
 
     def diagnose(self, state: TrainState) -> list[str]:
-        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one held-out batch.
+        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one evaluation batch.
 
         Nothing where the model has no mechanism.
         """

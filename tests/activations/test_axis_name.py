@@ -238,3 +238,35 @@ def test_an_axis_that_no_transformation_binds_is_an_error():
     variables = act.init(jax.random.key(0), x)  # outside of the transformation, as for flax's BatchNorm
     with pytest.raises(NameError, match="data"):
         act.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+
+
+@pytest.mark.parametrize("mechanism", [dpa_jax.DPA, dpa_jax.ARR, dpa_jax.AIEC])
+def test_a_forgotten_axis_name_is_an_error(mechanism):
+    x, labels = batch(0)
+    act = mechanism(K, pool="none")
+
+    def one_step(x, labels):
+        variables = act.init(jax.random.key(0), x)
+        return act.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)[0]
+
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+    with pytest.raises(ValueError, match=f"{mechanism.__name__}: inside of shard_map or pmap .* axis_name='data'"):
+        jax.jit(jax.shard_map(one_step, mesh=mesh, in_specs=SPREAD, out_specs=SPREAD))(x, labels)
+    shared = x.reshape(DEVICES, -1, C), labels.reshape(DEVICES, -1)
+    with pytest.raises(ValueError, match="axis_name='batch'"):
+        jax.pmap(one_step, axis_name="batch")(*shared)
+    with pytest.raises(ValueError, match="axis_name=the axis_name of pmap"):
+        jax.pmap(one_step)(*shared)
+
+
+def test_a_model_of_its_own_on_each_device():
+    x, labels = batch(0)
+    x, labels = x.reshape(DEVICES, -1, C), labels.reshape(DEVICES, -1)
+    variables = Net().init(jax.random.key(1), x[0])
+
+    def step(axis_name, x, labels):
+        return make_step(Net(axis_name=axis_name))(dict(variables), x, labels)
+
+    alone = jax.jit(jax.vmap(functools.partial(step, None)))(x, labels)
+    members = jax.pmap(functools.partial(step, ()))(x, labels)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), members, alone)

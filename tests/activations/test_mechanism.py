@@ -14,7 +14,7 @@ from flax import nnx
 import dpa_jax
 import dpa_jax.nnx
 from dpa_jax.activations import Mechanism, Ratio, Summary, Variable, registry
-from dpa_jax.activations.mechanism import outermost_module
+from dpa_jax.activations.mechanism import outermost_module, warn_of_first_token
 from dpa_jax.activations.penalties import RECORDS
 
 K, C, B = 4, 6, 12
@@ -52,7 +52,7 @@ def train_call(act, variables, x, labels, **options):
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-@pytest.mark.parametrize(("shape", "pool"), [((), "none"), ((3,), "token"), ((2, 3), "mean")])
+@pytest.mark.parametrize(("shape", "pool"), [((), "none"), ((5,), "token"), ((2, 3), "mean")])
 def test_auto_goes_by_the_rank_and_a_call_may_say_what_the_attribute_does(name, shape, pool):
     x, labels = batch(0, *shape)
     by_attribute = MECHANISMS[name](pool=pool)
@@ -69,7 +69,7 @@ def test_auto_goes_by_the_rank_and_a_call_may_say_what_the_attribute_does(name, 
 
 
 def test_without_a_word_the_pool_is_the_token():
-    x, labels = batch(0, 3)
+    x, labels = batch(0, 5)
     expected, found = (
         train_call(act, act.init(jax.random.key(0), x), x, labels)
         for act in (dpa_jax.DPA(K, pool="token"), dpa_jax.DPA(K))
@@ -114,6 +114,75 @@ def test_rows_that_do_not_divide_and_labels_for_rows_are_refused():
         call(jnp.zeros(B, int), 4)
     with pytest.raises(ValueError, match="rows_per_sample must be at least 1; got 0"):
         call(jnp.zeros(B, int), 0)
+
+
+# ---------------- a label for each token ----------------
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (3, 2, 4)], ids=["tokens", "two-axes", "pooled"])
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_labels_of_tokens_are_those_of_samples(name, shape):
+    """[B, N] of [B, N, C], [B, H, W] of [B, H, W, C], and [B, T] of [B, T, H, W, C], of which a sample is [H, W, C]."""
+    sample_axes = 2 if len(shape) == 3 else 1 + len(shape)
+    x, _ = batch(1, *shape)
+    labels = np.random.default_rng(2).integers(-1, K, x.shape[:sample_axes]).astype(np.int32)
+    act = MECHANISMS[name]()
+    flat = x.reshape(labels.size, *x.shape[sample_axes:])
+    variables = act.init(jax.random.key(0), flat)
+    (expected_grad, expected_update), (expected_y, *expected) = train_call(act, variables, flat, labels.reshape(-1))
+    (grad, update), (y, *found) = train_call(act, variables, x, labels)
+    np.testing.assert_array_equal(y, expected_y.reshape(x.shape))
+    np.testing.assert_allclose(grad, expected_grad.reshape(x.shape), rtol=1e-6)
+    chex.assert_trees_all_equal((update, found), (expected_update, expected))
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(found[1]) if leaf.ndim)
+
+
+def test_labels_of_tokens_from_outside_and_in_nnx():
+    """A language model's: nothing folded by hand, and padding has no label."""
+    x, _ = batch(1, 5)
+    labels = np.where(np.arange(5) < 3, np.arange(B)[:, None] % K, -1)
+    act = dpa_jax.DPA(K, update_interval=1)
+    variables = act.init(jax.random.key(0), x)
+    with dpa_jax.supervise(labels, train=True):
+        _, mutated = act.apply(variables, x, mutable=dpa_jax.MUTABLE)
+        module = dpa_jax.nnx.DPA(K, C, update_interval=1)
+        dpa_jax.nnx.recorded(module)(x)
+    expected = jnp.zeros((K, C))
+    for value, label in zip(x[:, :3].reshape(-1, C), labels[:, :3].reshape(-1), strict=True):
+        expected = expected.at[label].add(0.9 * (value - expected[label]))
+    np.testing.assert_allclose(mutated["forward_memory"]["mean"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(module.forward_memory[...], mutated["forward_memory"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "shape"),
+    [((B, 4), 1, "(12, 4)"), ((B, 5, C), 1, "(12, 5, 6)"), ((3, 5), 4, "(3, 5)"), ((B, 5), 4, "(12, 5)")],
+)
+def test_labels_of_tokens_that_do_not_fit(labels, rows, shape):
+    act = dpa_jax.DPA(K)
+    x, _ = batch(1, 5)
+    variables = act.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=f"labels must have shape .*; got {re.escape(shape)}"):
+        act.apply(variables, x, np.zeros(labels, int), True, rows_per_sample=rows, mutable=dpa_jax.MUTABLE)
+
+
+def test_the_first_of_tokens_that_are_none_of_a_square_image_warns_once():
+    x, labels = batch(0, 16)  # 4 x 4 patches, without a class token
+
+    def call(act, labels=labels, x=x):
+        variables = act.init(jax.random.key(0), x)
+        act.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+        act.apply(variables, x)
+
+    warn_of_first_token.cache_clear()
+    with pytest.warns(UserWarning, match="DPA: the first of 16 tokens is taken for the sample.*pool='mean'") as warned:
+        for _ in range(2):
+            call(dpa_jax.DPA(K))
+    assert len(warned) == 1
+    warn_of_first_token.cache_clear()
+    call(dpa_jax.DPA(K, pool="token"))  # meant
+    call(dpa_jax.DPA(K), np.zeros((B, 16), int))  # none is left out
+    call(dpa_jax.DPA(K), x=np.zeros((B, 17, C), np.float32))  # with a class token
 
 
 # ---------------- samples that take no part ----------------

@@ -104,3 +104,77 @@ def test_taken_names_and_what_cannot_be_called_are_refused():
         register("relu", nn.PReLU)
     with pytest.raises(TypeError, match="register: factory must be a module class or another callable; got 3"):
         register("three", 3)
+
+
+class Compact(nn.Module):
+    """Convolutions and dense layers, with one function for all of them."""
+
+    act: object
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.act(nn.Conv(4, (3, 3), name="conv")(x))
+        x = jnp.mean(x, axis=(1, 2))
+        for i, width in enumerate((6, 5)):
+            x = self.act(nn.Dense(width, name=f"layers_{i}")(x))
+        return x
+
+
+class WithSetup(nn.Module):
+    def setup(self):
+        self.conv = nn.Conv(4, (3, 3))
+        self.layers = [nn.Dense(6), nn.Dense(5)]
+        self.act = dpa_jax.activation("dpa", num_classes=3, pool="auto", update_interval=1)
+
+    def __call__(self, x):
+        x = jnp.mean(self.act(self.conv(x)), axis=(1, 2))
+        for layer in self.layers:
+            x = self.act(layer(x))
+        return x
+
+
+class WithField(WithSetup):
+    act: object = None
+
+    def setup(self):
+        self.conv = nn.Conv(4, (3, 3))
+        self.layers = [nn.Dense(6), nn.Dense(5)]
+
+
+def test_a_factory_in_setup_and_one_pool_for_convolutions_and_dense_layers():
+    factory = dpa_jax.activation("dpa", num_classes=3, pool="auto", update_interval=1)
+    x, labels = jax.random.normal(jax.random.key(1), (6, 4, 4, 2)), jnp.arange(6) % 3
+
+    def run(model):
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+
+        def loss_fn(backward_memory):
+            with dpa_jax.supervise(labels, train=True):
+                y, mutated = model.apply({**variables, "backward_memory": backward_memory}, x, mutable=dpa_jax.MUTABLE)
+            return jnp.sum(y) + dpa_jax.penalties(mutated)["channel"], (y, mutated["forward_memory"])
+
+        return variables, jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(variables["backward_memory"])
+
+    variables, expected = run(Compact(factory))
+    assert {name: tree["mean"].shape for name, tree in variables["backward_memory"].items()} == {
+        "DPA_0": (3, 4),
+        "DPA_1": (3, 6),
+        "DPA_2": (3, 5),
+    }
+    for model in (WithSetup(), WithField(factory), nn.remat(WithSetup)()):
+        own, (value, update) = run(model)
+        assert jax.tree.structure(own) == jax.tree.structure(variables)
+        jax.tree.map(np.testing.assert_array_equal, (value, update), expected)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(expected[1]))
+
+
+def test_a_factory_in_setup_without_state():
+    class Model(nn.Module):
+        def setup(self):
+            self.act = dpa_jax.activation("gelu")
+
+        def __call__(self, x):
+            return self.act(self.act(x))
+
+    x = jnp.ones((2, 3))
+    np.testing.assert_array_equal(Model().apply({}, x), jax.nn.gelu(jax.nn.gelu(x, False), False))

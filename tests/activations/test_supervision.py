@@ -312,6 +312,46 @@ def test_nothing_of_a_step_outlives_it():
         assert np.abs(jax.jit(step)(memories, x0, labels0)).max() > 0
 
 
+def test_the_current_labels_are_those_of_the_innermost_block():
+    assert dpa_jax.current_labels() is None
+    with dpa_jax.supervise(labels0):
+        assert dpa_jax.current_labels() is labels0
+        with dpa_jax.supervise(None):
+            assert dpa_jax.current_labels() is None
+        assert dpa_jax.current_labels() is labels0
+    assert dpa_jax.current_labels() is None
+
+
+def test_a_frozen_teacher_inside_of_a_block_learns_nothing():
+    """Distillation: the student takes the labels, and its teacher, with activations like it, is left as it is."""
+
+    class Distilled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            student = Transformer(dpa_jax.activation("dpa", num_classes=K, update_interval=1), name="student")
+            teacher = Transformer(dpa_jax.activation("dpa", num_classes=K, update_interval=1), name="teacher")
+            with dpa_jax.supervise(None):
+                taught = jax.lax.stop_gradient(teacher(x))
+            return student(x), taught
+
+    x, labels = data(0, 5, 8)
+    variables = init(Distilled(), x)
+
+    def loss_fn(backward_memory):
+        with dpa_jax.supervise(labels, train=True):
+            (own, taught), mutated = Distilled().apply(
+                {**variables, "backward_memory": backward_memory}, x, mutable=dpa_jax.MUTABLE
+            )
+        return jnp.mean(jnp.square(own - taught)) + dpa_jax.penalties(mutated)["channel"], mutated
+
+    update, mutated = jax.jit(jax.grad(loss_fn, has_aux=True))(variables["backward_memory"])
+    chex.assert_trees_all_equal(mutated["forward_memory"]["teacher"], variables["forward_memory"]["teacher"])
+    assert not any(leaf.any() for leaf in jax.tree.leaves(update["teacher"]))
+    assert list(mutated[RECORDS]) == ["student"]
+    for tree in (update, mutated["forward_memory"]):
+        assert all(leaf.any() for leaf in jax.tree.leaves(tree["student"]) if leaf.ndim)
+
+
 # ---------------- with Flax's own TrainState ----------------
 
 

@@ -81,18 +81,17 @@ def check_outputs(name: str, small: Make, kind: str) -> None:
     model, expected = small(native=dpa_jax.activation(kind)), under(arrays, f"{kind}/")
     variables = variables_from_torch(model, under(arrays, "init/"), {})
     images, labels = batch(arrays, 0)
-    logits = jax.jit(model.apply)(variables, images)
-    np.testing.assert_allclose(logits, expected["eval_logits"], rtol=0, atol=1e-5)
 
-    @jax.jit
+    @jax.jit  # one program: where evaluation is what training is, it is compiled once
     def run(variables):
         def loss_fn(params):
             logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), (logits, new)
 
-        return jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        return model.apply(variables, images), jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
 
-    (loss, (logits, new)), gradients = run(variables)
+    evaluated, ((loss, (logits, new)), gradients) = run(variables)
+    np.testing.assert_allclose(evaluated, expected["eval_logits"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits, expected["train_logits"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
     gradients = to_torch(model, {"params": gradients})
