@@ -28,7 +28,7 @@ from dpa_jax.models.weight_files import read_weights, state_dict
 _COLLECTIONS = ("params", "batch_stats")  # what PyTorch's state dicts have
 _WRAPPERS = ("module.", "model.", "_orig_mod.")  # before every name of a model that was saved inside of another
 _POSITIONS = re.compile(r"(pos_embed\d*|patch_pos)")  # PyTorch's names of position embeddings [1, N, D]
-_ACTIVATION = re.compile(r"(^|\.)activation\d*\.")  # what is under such a module is a mechanism's
+_ACTIVATION = re.compile(r"(^|\.)activation\w*\.")  # what is under such a module is a mechanism's
 
 
 class Weights(NamedTuple):
