@@ -2,7 +2,8 @@
 
     python train.py --config configs/cifar100_vit.py --config.data.dir=DIR [--config.data.download=True]
 
-`--config.mechanism=dnrt`, or `relu` and `gelu` for the baselines. The learning rate follows the batch size.
+`--config.mechanism=dnrt`, or `relu` and `gelu` for the baselines. `--config.model=resnet18` or another of the papers'
+models (docs/models.md). The learning rate follows the batch size.
 Cost: 300 epochs of 50,000 images, 58,594 steps of a 5.4 million parameter model: a run for a GPU or a TPU.
 Expected: the papers' top-1 is 70.5% for DPA, 71.4% for DNRT, 65.7% for ReLU and 65.4% for GELU.
 """

@@ -113,10 +113,14 @@ def check_options(
         default, annotation = parameters[name].default, parameters[name].annotation
         if isinstance(default, bool | int | float | str):  # the types of others do not show in the default
             check_type(owner, argument, value, default)
-        elif default is None and isinstance(annotation, types.UnionType) and not isinstance(value, annotation):
+        elif default is None and _is_union_of_types(annotation) and not isinstance(value, annotation):
             raise ValueError(f"{owner}: {argument} must be {annotation}; got {value!r} of type {type(value).__name__}")
         if type(value) is int and type(default) is int:
             check_range(owner, argument, value, high=INT32)
+
+
+def _is_union_of_types(annotation: Any) -> bool:
+    return isinstance(annotation, types.UnionType) and all(isinstance(part, type) for part in annotation.__args__)
 
 
 def check_call(owner: str, function: Callable, **arguments: Any) -> None:

@@ -71,9 +71,9 @@ def run(
         elif options.print_config:
             tell("\n".join(f"config.{path} = {value!r}" for path, _, value in _values(options.config)))
         else:
-            if options.note:
+            for note in options.notes:
                 with contextlib.suppress(OSError):  # nobody reads it
-                    print(options.note, file=sys.stderr, flush=True)
+                    print(note, file=sys.stderr, flush=True)
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
             with _no_interrupt_lost():
                 main(options)
@@ -136,7 +136,8 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
     """The values of a command line's flags; as `run`, but mistakes raise ValueError."""
     from ml_collections import config_flags
 
-    from dpa_jax.config import check_key, follow_epochs
+    from dpa_jax.config import check_key
+    from dpa_jax.overrides import FOLLOWED
 
     options = flags.FlagValues()
     define_flags(options)
@@ -144,7 +145,6 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
     flags.DEFINE_bool("print_config", False, resolved, flag_values=options)
     flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=options)
     flags.DEFINE_bool("helpfull", False, "Show this help and absl's own flags.", flag_values=options)
-    vars(options)["note"] = ""
     about = "The configuration file, or the name of one that comes with dpa_jax."
     override = re.compile(r"--?(?:no)?config\.([^=]*)")
     for found in filter(None, map(override.match, argv[1:])):
@@ -165,8 +165,9 @@ def parse(define_flags: FlagFunction, argv: list[str], *, default_config: str | 
             before = config.copy_and_resolve_references()
             config_flags.DEFINE_config_dict("config", config, about, options, sys_argv=argv, **unlocked)
         arguments = options(argv)
-        if name is not None and "epochs" in (given := config_flags.get_override_values(options["config"])):
-            vars(options)["note"] = follow_epochs(options.config, before, given)
+        given = {} if name is None else config_flags.get_override_values(options["config"])
+        notes = [follow(options.config, before, given) for key, follow in FOLLOWED.items() if key in given]
+        vars(options)["notes"] = list(filter(None, notes))
     except (RecursionError, MemoryError) as error:
         some = ", ".join(argument[:60] for argument in argv[1:])
         raise ValueError(f"one of these arguments is too long, or nested too deeply: {some}") from error

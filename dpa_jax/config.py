@@ -11,7 +11,7 @@ A configuration file starts from `default_config` and changes keys; the command 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -79,6 +79,9 @@ _jitter = _must(
 )
 
 
+_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+
+
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
     for name, value in coefficients.items():
         check_choice("config", f"a key of {path}", name, default_coefficients())
@@ -111,6 +114,11 @@ def _keys() -> dict[str, Any]:
         "model": Key("vit", "The architecture, such as vit, vit_tiny_patch4_32 or resnet18; a wrong name lists all."),
         "model_options": Key(
             {}, "Sizes and options of the model, such as model_options.depth=4; a wrong one lists all."
+        ),
+        "init_from": Key(
+            "",
+            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with; empty: none.",
+            _file,
         ),
         "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
         "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
@@ -302,11 +310,12 @@ def validate(config: Mapping[str, Any]) -> None:
     _validate_group("", config, _keys())
     schedule, epochs, augment = config["schedule"], config["epochs"], config["augment"]
     warmup, highest = schedule["warmup_epochs"], config["optimizer"]["learning_rate"]
-    if warmup > (longest := _longest_warmup(schedule["name"], epochs)):
-        share = "half of epochs" if schedule["name"] == "cosine" else "epochs"
+    if warmup > (longest := longest_warmup(schedule["name"], epochs)):
+        cosine = schedule["name"] == "cosine"
+        rule = "half of epochs, for the cosine ends as many before the last" if cosine else "epochs, or all is warm-up"
         raise ValueError(
-            f"config: schedule.warmup_epochs must be less than {share}, so that the rate comes down from its highest; "
-            f"got {warmup} of {epochs}, where it may be {f'0 to {longest}' if longest else 'only 0'}"
+            f"config: schedule.warmup_epochs must be less than {rule}; got {warmup} of {epochs}, where it may be "
+            + (f"0 to {longest}" if longest else "only 0")
         )
     for name in ("min_learning_rate", *(["warmup_learning_rate"] if warmup else [])):
         check_range("config", f"schedule.{name}", schedule[name], 0.0, highest)
@@ -320,58 +329,11 @@ def validate(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config: augment.{name} mixes pairs of images; got {augment[name]} with batch_size 1")
 
 
-# The keys of a schedule that are numbers of epochs, by its name.
-_LENGTHS = {
-    "cosine": ("warmup_epochs",),
-    "constant": ("warmup_epochs",),
-    "step": ("warmup_epochs", "step_epochs"),
-    "multistep": ("warmup_epochs", "milestones"),
-}
-
-
-def _longest_warmup(schedule: str, epochs: int) -> int:
-    # The cosine, counted from the first step on, takes the other epochs: with half of them it would be at its end
-    # when the warm-up is.
+def longest_warmup(schedule: str, epochs: int) -> int:
+    """The most epochs of warm-up that a schedule, by its name, has a place for."""
+    # The cosine is counted from the first step on and ends as many epochs before the last as the warm-up takes: with
+    # half of them it is at its end when the warm-up is.
     return (epochs - 1) // 2 if schedule == "cosine" else epochs - 1
-
-
-def follow_epochs(config: ConfigDict, before: ConfigDict, given: Container[str]) -> str:
-    """Gives the schedule's numbers of epochs the share of `epochs` that they had before `epochs` was changed.
-
-    Args:
-        config: what they are changed in; it need not be valid.
-        before: the same configuration before the change; where it is not valid, nothing is done.
-        given: the keys that were set together with `epochs`; these stay as they are.
-
-    Returns:
-        A note of what was changed; "" where nothing was.
-    """
-    try:
-        validate(before)
-    except ValueError:
-        return ""
-    old, new = before.epochs, config.epochs
-    if new < 1 or "schedule" in given:
-        return ""
-
-    def share(epochs: int, least: int, most: int = INT32) -> int:
-        return max(least, min(round(epochs * new / old), most))
-
-    changes = []
-    for name in _LENGTHS.get(config.schedule.name, ()):
-        value = config.schedule[name]
-        if f"schedule.{name}" in given or value != before.schedule[name]:  # the latter: it follows epochs by itself
-            continue
-        if name == "milestones":
-            now: Any = tuple(sorted({share(epochs, 1) for epochs in value}))
-        elif name == "step_epochs":
-            now = share(value, 1)
-        else:
-            now = share(value, 0, _longest_warmup(config.schedule.name, new))
-        if now != value:
-            config.schedule[name] = now
-            changes.append(f"schedule.{name} from {value} to {now}")
-    return f"note: epochs changed from {old} to {new}, and in proportion {', '.join(changes)}" if changes else ""
 
 
 def _validate_group(prefix: str, given: Any, keys: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ LEVELS = (
     ("training",),
     ("data", "models"),
     ("command_line", "nnx"),
+    ("overrides",),
     ("config",),
     ("activations",),
     ("checks", "extras", "plots"),

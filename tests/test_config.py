@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpa_jax.config import default_config, each_key, follow_epochs, validate
+from dpa_jax.config import default_config, each_key, validate
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -231,49 +231,3 @@ def test_every_key_says_what_it_means():
 
 
 # What a file has, and what is given with new epochs; what the schedule has then, and the note.
-FOLLOWED = [
-    ({"warmup_epochs": 5}, {"epochs": 12}, {"warmup_epochs": 1}, "schedule.warmup_epochs from 5 to 1"),
-    ({"warmup_epochs": 5}, {"epochs": 200}, {"warmup_epochs": 10}, "schedule.warmup_epochs from 5 to 10"),
-    ({"warmup_epochs": 5}, {"epochs": 1}, {"warmup_epochs": 0}, "schedule.warmup_epochs from 5 to 0"),
-    ({"warmup_epochs": 45}, {"epochs": 4}, {"warmup_epochs": 1}, "schedule.warmup_epochs from 45 to 1"),
-    ({"warmup_epochs": 5}, {"epochs": 100}, {"warmup_epochs": 5}, ""),
-    ({"warmup_epochs": 5}, {"epochs": 12, "schedule.warmup_epochs": 5}, {"warmup_epochs": 5}, ""),
-    ({"warmup_epochs": 0, "step_epochs": 30}, {"epochs": 12}, {"step_epochs": 30}, ""),  # the cosine has no steps
-    (
-        {"name": "step", "warmup_epochs": 10, "step_epochs": 30},
-        {"epochs": 10},
-        {"warmup_epochs": 1, "step_epochs": 3},
-        "schedule.warmup_epochs from 10 to 1, schedule.step_epochs from 30 to 3",
-    ),
-    ({"step_epochs": 30}, {"epochs": 2, "schedule.name": "step"}, {"step_epochs": 1}, "step_epochs from 30 to 1"),
-    (
-        {"name": "multistep", "milestones": (50, 51, 75)},
-        {"epochs": 10},
-        {"milestones": (5, 8)},
-        "schedule.milestones from (50, 51, 75) to (5, 8)",
-    ),
-    ({"warmup_epochs": 60}, {"epochs": 200}, {"warmup_epochs": 60}, ""),  # does not fit by itself
-    ({"warmup_epochs": 5}, {"epochs": 0}, {"warmup_epochs": 5}, ""),  # for `validate` to refuse
-]
-
-
-@pytest.mark.parametrize(("file", "given", "then", "note"), FOLLOWED)
-def test_the_schedule_follows_epochs(file, given, then, note):
-    before = default_config()
-    before.epochs = 100
-    before.schedule.update(file)
-    config = before.copy_and_resolve_references()
-    config.update_from_flattened_dict(given)
-    told = follow_epochs(config, before, given)
-    assert note in told and told.startswith("note: epochs changed from 100 to ") == bool(note)
-    assert {name: config.schedule[name] for name in then} == then
-    if given["epochs"]:
-        validate(config)
-
-
-def test_what_follows_epochs_by_itself_follows_once():
-    before = default_config()
-    before.schedule.warmup_epochs = before.get_ref("epochs") // 15
-    config = before.copy_and_resolve_references()
-    config.update(epochs=30, schedule={"warmup_epochs": 2})  # as a reference is
-    assert follow_epochs(config, before, {"epochs": 30}) == "" and config.schedule.warmup_epochs == 2

@@ -2,17 +2,55 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
+from dpa_jax.models.alexnet import AlexNet
+from dpa_jax.models.cait import CaiT
+from dpa_jax.models.deit import DeiT
+from dpa_jax.models.mobilenet_v1 import MobileNetV1
+from dpa_jax.models.mobilenet_v2 import MobileNetV2
+from dpa_jax.models.pvt import PVT
 from dpa_jax.models.resnet import ResNet
-from dpa_jax.models.torch import params_from_torch
+from dpa_jax.models.shufflenet_v2 import ShuffleNetV2
+from dpa_jax.models.tnt import TNT
+from dpa_jax.models.torch import to_torch, variables_from_torch
+from dpa_jax.models.vgg import VGG
 from dpa_jax.models.vit import ViT
 
+_LARGE: dict[str, Any] = {"image_size": 224, "small_images": False}  # the published form of convolutional networks
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "alexnet_224": functools.partial(AlexNet, **_LARGE),
+    "cait": CaiT,
+    "cait_xxs24_patch4_32": functools.partial(CaiT, image_size=32, patch_size=4),
+    "cait_xxs24_patch16_224": functools.partial(CaiT, image_size=224, patch_size=16),
+    "deit": DeiT,
+    "deit_tiny_patch4_32": functools.partial(DeiT, image_size=32, patch_size=4),
+    "deit_tiny_patch16_224": functools.partial(DeiT, image_size=224, patch_size=16),
+    "mobilenet_v1": MobileNetV1,
+    "mobilenet_v1_224": functools.partial(MobileNetV1, **_LARGE),
+    "mobilenet_v2": MobileNetV2,
+    "mobilenet_v2_224": functools.partial(MobileNetV2, **_LARGE),
+    "pvt": PVT,
+    "pvt_tiny_patch2_32": functools.partial(PVT, image_size=32, patch_size=2),
+    "pvt_tiny_patch4_32": functools.partial(PVT, image_size=32, patch_size=4),
+    "pvt_tiny_patch4_224": functools.partial(PVT, image_size=224, patch_size=4),
     "resnet": ResNet,
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2)),
+    "resnet18_224": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), **_LARGE),
+    "shufflenet_v2": ShuffleNetV2,
+    "shufflenet_v2_224": functools.partial(ShuffleNetV2, **_LARGE),
+    "tnt": TNT,
+    "tnt_small_patch4_32": functools.partial(TNT, image_size=32, patch_size=4, first_stride=1),
+    "tnt_small_patch16_224": functools.partial(TNT, image_size=224, patch_size=16, first_stride=4),
+    "vgg11": VGG,
+    "vgg11_224": functools.partial(VGG, **_LARGE),
+    "vgg11_bn": functools.partial(VGG, batch_norm=True),
+    "vgg11_bn_224": functools.partial(VGG, batch_norm=True, **_LARGE),
     "vit": ViT,
     "vit_tiny_patch4_32": functools.partial(ViT, image_size=32, patch_size=4),
     "vit_tiny_patch16_224": functools.partial(ViT, image_size=224, patch_size=16),
@@ -52,4 +90,5 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "ResNet", "ViT", "create", "params_from_torch", "register"]
+__all__ = ["MODELS", "PVT", "VGG", "AlexNet", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet", "ShuffleNetV2"]
+__all__ += ["TNT", "ViT", "create", "register", "to_torch", "variables_from_torch"]

@@ -1,5 +1,7 @@
 """Parts that several models share."""
 
+import dataclasses
+import fnmatch
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -28,19 +30,26 @@ class ImageModel(nn.Module):
 
     Attributes:
         num_classes: K, the width of the logits.
-        activation: factory of activation modules, which are called as ``module(x, labels, train)``.
+        activation: factory of activation modules, which are called as ``module(x, labels, train)``; None: ``native``.
+        native: factory of the model's own activation, which stays where ``activation`` is not put.
+        activation_places: where ``activation`` is put: ``"all"``, ``"last"`` (the last block of a CNN, as DPA's
+            authors have it), or patterns of the activations' paths between commas, as `fnmatch` has them. A path is
+            that of the variables, such as ``stage3_block1/activation2``.
         image_size: height and width of the images, in pixels.
         in_channels: channels of the images.
         arr: whether an `ARR` follows every block or stage (DNRT).
         dtype: compute dtype; parameters, statistics and logits are float32.
 
     Raises:
-        ValueError: for a size that is no whole number from 1, and for images of another shape.
+        ValueError: for a size that is no whole number from 1, for images of another shape, and for places that the
+            model does not have.
         TypeError: for an activation that makes no modules.
     """
 
     num_classes: int
-    activation: Callable[..., nn.Module] = make_activation("relu")
+    activation: Callable[..., nn.Module] | None = None
+    native: Callable[..., nn.Module] = make_activation("relu")
+    activation_places: str = "all"
     image_size: int = 32
     in_channels: int = 3
     arr: bool = False
@@ -50,9 +59,29 @@ class ImageModel(nn.Module):
         owner = type(self).__name__
         check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
         check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
-        check_makes_modules(owner, self.activation)
+        check_makes_modules(owner, "native", self.native)
+        if self.activation is not None:
+            check_makes_modules(owner, "activation", self.activation)
+        if not isinstance(self.activation_places, str):
+            raise ValueError(f"{owner}: activation_places must be text; got {self.activation_places!r}")
+        if self.activation_places == "last" and not self.last_places:
+            raise ValueError(
+                f"{owner}: activation_places must be 'all' or patterns; its blocks are one loop and have no last one"
+            )
         check_floating(owner, self.dtype)
         super().__post_init__()
+
+    @property
+    def last_places(self) -> tuple[str, ...]:
+        """What ``activation_places="last"`` means, as patterns; none where the model offers it not."""
+        return ()
+
+    @property
+    def placement(self) -> "Placement":
+        """For the modules of this model: which activation is where. Made anew for each call of the model."""
+        given = {"all": ("*",), "last": self.last_places}.get(self.activation_places)
+        patterns = given or tuple(place.strip() for place in self.activation_places.split(","))
+        return Placement(self.native, self.activation, patterns, self.path)
 
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:
@@ -81,24 +110,80 @@ def check_floating(owner: str, dtype: Any) -> None:
         raise ValueError(f"{owner}: dtype must be floating; got {dtype}")
 
 
-def check_makes_modules(owner: str, factory: Any) -> None:
+def check_makes_modules(owner: str, name: str, factory: Any) -> None:
     """Raises TypeError unless ``factory`` can be called as ``factory(name=...)``, as one of modules is."""
-    what = f"{owner}: activation must be a factory of modules, such as dpa_jax.activation('relu')"
+    what = f"{owner}: {name} must be a factory of modules, such as dpa_jax.activation('relu')"
     if not callable(factory) or isinstance(factory, nn.Module):
         raise TypeError(f"{what}; got {factory!r}")
     check_call(f"{what}; {factory!r}", factory, name="")
 
 
 def uniform_conv(features: int, in_features: int, size: int, **options: Any) -> nn.Conv:
-    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
-    bound = (size * size * in_features) ** -0.5
-    return nn.Conv(
-        features,
-        (size, size),
-        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
-        **options,
-    )
+    """A convolution whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in).
+
+    ``in_features`` are those of a group.
+    """
+    return nn.Conv(features, (size, size), **_uniform(size * size * in_features), **options)
+
+
+def uniform_dense(features: int, in_features: int, **options: Any) -> nn.Dense:
+    """A dense layer whose kernel and bias start as PyTorch's: uniform in +-1/sqrt(fan_in)."""
+    return nn.Dense(features, **_uniform(in_features), **options)
+
+
+def _uniform(fan_in: int) -> dict[str, Any]:
+    bound = fan_in**-0.5
+    return {
+        "kernel_init": nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        "bias_init": lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Which activation is where in a model: the chosen one at the paths that a pattern fits, the native one elsewhere.
+
+    A module calls it for each of its activations, in place of an activation.
+
+    Attributes:
+        native: factory of the model's own activation.
+        chosen: factory of the other one, or None.
+        patterns: of paths relative to the model, as `fnmatch` has them.
+        root: path of the model.
+        places: every path that was asked for, and whether the chosen one is there.
+    """
+
+    native: Callable[..., nn.Module]
+    chosen: Callable[..., nn.Module] | None
+    patterns: tuple[str, ...]
+    root: tuple[str, ...]
+    places: dict[str, bool] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        x: jax.Array,
+        labels: jax.Array | None,
+        train: bool,
+        *,
+        pool: str,
+        name: str = "activation",
+        rows_per_sample: int = 1,
+    ) -> jax.Array:
+        """Calls the activation ``name`` of a module; a mechanism is told how this place pools, as `activate` has it."""
+        path = "/".join((*module.path[len(self.root) :], name))
+        fits = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
+        self.places[path] = fits
+        factory = self.chosen if fits and self.chosen is not None else self.native
+        return activate(factory(name=name), x, labels, train, pool, rows_per_sample)
+
+    def check(self, owner: str) -> None:
+        """Raises ValueError if the chosen activation is nowhere; to be called when all modules have been."""
+        if self.chosen is not None and not any(self.places.values()):
+            raise ValueError(
+                f"{owner}: activation_places {', '.join(self.patterns)} fits none of its activations: "
+                f"{', '.join(self.places)}"
+            )
 
 
 def activate(
@@ -134,7 +219,7 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int = 2) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
@@ -142,7 +227,8 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[.
     compiles all of them, None is True, except on TPUs: ``benchmarks/scan.py`` compares the forms.
 
     A block is called as ``block(...)(x, own, labels, train)``, where ``own`` is its part of an array (or pytree) with a
-    leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules.
+    leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules. ``shared`` is the number
+    of arguments after ``own``.
     """
     if scan is None:
         scan = jax.default_backend() != "tpu"
@@ -150,44 +236,7 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None) -> Callable[.
         block,
         variable_axes={True: 0},
         split_rngs={True: True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, *[nn.broadcast] * shared),
         length=length,
         unroll=1 if scan else length,
     )
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, [B, N, D] -> [B, N, D]; one product makes queries, keys and values."""
-
-    num_heads: int
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Mixes the tokens of each sample."""
-        features = x.shape[-1]
-        qkv = Dense(3 * features, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.num_heads, features // self.num_heads)
-        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        y = Dense(features, dtype=self.dtype, name="projection")(y.reshape(x.shape))
-        return Dropout(self.dropout)(y, deterministic=not train)
-
-
-class Mlp(nn.Module):
-    """Dense, activation, Dense: [B, N, D] -> [B, N, D]; ``pool`` is what its activation pools by (`activate`)."""
-
-    hidden_dim: int
-    activation: Callable[..., nn.Module]
-    pool: str
-    dropout: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
-        """Transforms each token."""
-        y = Dense(self.hidden_dim, dtype=self.dtype, name="expand")(x)
-        y = activate(self.activation(name="activation"), y, labels, train, pool=self.pool)
-        y = Dropout(self.dropout)(y, deterministic=not train)
-        y = Dense(x.shape[-1], dtype=self.dtype, name="reduce")(y)
-        return Dropout(self.dropout)(y, deterministic=not train)

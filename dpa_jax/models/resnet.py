@@ -1,24 +1,15 @@
-"""ResNet (He et al., 2016) for small images: a 3 x 3 stem and no pooling before the stages."""
+"""ResNet (He et al., 2016) of basic blocks, with a stem for small images or the published one."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.activations import ARR
 from dpa_jax.checks import MAX_SIZE, check_sizes
-from dpa_jax.models.layers import ImageModel, activate
+from dpa_jax.models import convnet, layers
 
-_MAX_STAGES, _MAX_BLOCKS = 10, 500  # each block is compiled
-
-
-def _conv(features: int, size: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
-    """A convolution that keeps the size, or divides it by its stride, padded alike on all sides."""
-    # He et al., 2015, for what comes out of a convolution; PyTorch's reference ResNets start so.
-    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(features, (size, size), stride, size // 2, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+_MAX_STAGES = 10
 
 
 class BasicBlock(nn.Module):
@@ -26,28 +17,26 @@ class BasicBlock(nn.Module):
 
     features: int
     stride: int
-    activation: Callable[..., nn.Module]
-    dtype: jnp.dtype
+    unit: convnet.ConvUnit
 
     @nn.compact
     def __call__(self, x: jax.Array, labels: jax.Array | None, train: bool) -> jax.Array:
         """Transforms feature maps."""
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
-        y = norm(name="norm1")(_conv(self.features, 3, self.stride, self.dtype, "conv1")(x))
-        y = activate(self.activation(name="activation1"), y, labels, train, pool="mean")
-        y = norm(name="norm2")(_conv(self.features, 3, 1, self.dtype, "conv2")(y))
+        unit = self.unit
+        y = unit(self, x, labels, train, self.features, 3, self.stride, suffix="1")
+        y = unit(self, y, labels, train, self.features, 3, active=False, suffix="2")
         if x.shape != y.shape:
-            x = norm(name="norm_shortcut")(_conv(self.features, 1, self.stride, self.dtype, "conv_shortcut")(x))
-        return activate(self.activation(name="activation2"), x + y, labels, train, pool="mean")
+            x = unit(self, x, labels, train, self.features, 1, self.stride, active=False, suffix="_shortcut")
+        return unit.activation(self, x + y, labels, train, pool="mean", name="activation2")
 
 
-class ResNet(ImageModel):
-    """A ResNet of basic blocks for images of CIFAR's size.
+class ResNet(convnet.ConvNet):
+    """A ResNet of basic blocks.
 
+    The stem for small images is a 3 x 3 convolution; the other is 7 x 7 at stride 2, with a max pool behind it.
     Blocks are not scanned: the first of a stage has another shape, and too few equal ones are left.
 
-    Attributes (besides those of `ImageModel`; ``activation`` follows every convolution, ``arr`` every stage, and both
-    pool feature maps by their mean):
+    Attributes (besides those of `ConvNet`; an activation follows every convolution):
         stage_sizes: blocks in each stage; every stage but the first halves the resolution.
         width: channels of the first stage; every other doubles them.
     """
@@ -55,29 +44,41 @@ class ResNet(ImageModel):
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
 
+    @property
+    def last_places(self) -> tuple[str, ...]:
+        """Both activations of the last block."""
+        return (f"stage{len(self.stage_sizes) - 1}_block{self.stage_sizes[-1] - 1}/*",)
+
     def __post_init__(self):
-        sizes = self.stage_sizes
-        if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not 1 <= len(sizes) <= _MAX_STAGES:
-            raise ValueError(f"ResNet: stage_sizes must be 1 to {_MAX_STAGES} numbers of blocks; got {sizes!r}")
-        check_sizes("ResNet", {f"stage_sizes[{i}]": blocks for i, blocks in enumerate(sizes)}, high=_MAX_BLOCKS)
+        sizes, stages = self.stage_sizes, (1, _MAX_STAGES)
+        convnet.check_numbers("ResNet", "stage_sizes", sizes, "numbers of blocks", stages, convnet.MAX_BLOCKS)
         check_sizes("ResNet", {"width": self.width}, high=MAX_SIZE >> (len(sizes) - 1))
         super().__post_init__()
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Logits [B, K] float32 of images [B, H, W, C]; ``train`` updates batch statistics and memories."""
-        images = self.checked(images)
-        if train and len(images) == 0:
-            raise ValueError("ResNet: an empty batch has no statistics to train with")
-        x = _conv(self.width, 3, 1, self.dtype, "conv")(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name="norm")(x)
-        x = activate(self.activation(name="activation"), x, labels, train, pool="mean")
+        x, placement = self.checked_batch(images, train), self.placement
+        unit = convnet.ConvUnit(placement, convnet.fan_out_conv, self.dtype)
+        x = unit(self, x, labels, train, self.width, *((3, 1) if self.small_images else (7, 2)))
+        x = x if self.small_images else convnet.max_pool(x)
         for stage, blocks in enumerate(self.stage_sizes):
             for i in range(blocks):
                 stride, name = 2 if stage and not i else 1, f"stage{stage}_block{i}"
-                block = BasicBlock(self.width * 2**stage, stride, self.activation, self.dtype, name=name)
-                x = block(x, labels, train)
-            if self.arr:
-                x = ARR(self.num_classes, name=f"arr{stage}")(x, labels, train, pool="mean")
+                x = BasicBlock(self.width * 2**stage, stride, unit, name=name)(x, labels, train)
+            x = self.end_stage(x, labels, train, stage)
+        placement.check("ResNet")
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        return nn.Dense(self.num_classes, name="head")(x)
+        return layers.uniform_dense(self.num_classes, x.shape[-1], name="head")(x)
+
+    @property
+    def torch_names(self) -> Mapping[str, str]:
+        """The names in torchvision, which counts stages from 1."""
+        names = convnet.unit_names("{}", "conv1", "bn1", "relu")
+        for stage, blocks in enumerate(self.stage_sizes):
+            for i in range(blocks):
+                here, there = f"stage{stage}_block{i}.{{}}", f"layer{stage + 1}.{i}"
+                for n in (1, 2):
+                    names |= convnet.unit_names(f"{here}{n}", f"{there}.conv{n}", f"{there}.bn{n}", f"{there}.act{n}")
+                names |= convnet.unit_names(f"{here}_shortcut", f"{there}.downsample.0", f"{there}.downsample.1")
+        return names | {"head": "fc"}

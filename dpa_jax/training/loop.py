@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import pathlib
 import statistics
 import sys
@@ -88,6 +89,8 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         stack.enter_context(contextlib.closing(run))
         stack.enter_context(locked(workdir))
         notes = _check_continued(run, workdir, folders, resumes=True)
+        if notes is None:
+            notes = _weights_of(run)
         images, every = config.batch_size * len(run.seeds), config.log_every_seconds
         progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
         for line in [model_line(run)] if name else header(run, workdir):
@@ -184,7 +187,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
-    """Evaluates the best and the newest checkpoint of a run on all of its evaluation split; changes no file of it.
+    """Evaluates the best and the newest checkpoint of a run on its whole evaluation split; its folder stays as it is.
 
     Returns:
         {step: {figure: value}}, the best checkpoint first; one entry where it is the newest too.
@@ -196,7 +199,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
     workdir = pathlib.Path(workdir)
     run = build(config)
     check_kinds(workdir)
-    for note in _check_continued(run, workdir, [workdir]):
+    for note in _check_continued(run, workdir, [workdir]) or []:
         if jax.process_index() == 0:
             print(note, file=sys.stderr)
     results: dict[int, Figures] = {}
@@ -223,14 +226,25 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
 
 def _check_continued(
     run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], resumes: bool = False
-) -> list[str]:
-    """Notes on what has changed since the checkpoints were written; ValueError for what may not."""
+) -> list[str] | None:
+    """Notes on what has changed since the checkpoints were written, None without any; ValueError for what may not."""
     with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
         if checkpoints.latest_step is None:
-            return []
+            return None
     examples = _examples(run) if resumes else None
     notes = [check_unchanged(member, folder, examples) for member, folder in zip(run.configs, folders, strict=True)]
     return list(dict.fromkeys(note for some in notes for note in some))
+
+
+def _weights_of(run: Run) -> list[str]:
+    """Reads the weights that a run begins with, the same on all hosts, before its data: a note on them, if any."""
+    if not (path := run.config.init_from):
+        return []
+    summary = run.weights.summary
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    agree({"the digest of config.init_from": digest})
+    return [f"{path} (SHA-256 {digest}): {summary}"]
 
 
 def _examples(run: Run) -> int:

@@ -21,6 +21,7 @@ from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
 from dpa_jax.data.sources import open_source
+from dpa_jax.models.torch import Weights, match
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -122,8 +123,8 @@ class Run:
         self._check_memory("the model with its optimiser, by model_options,", abstract_state, here)
         _, metrics = jax.eval_shape(train_step, self._placed(abstract_state), feed.abstract_batch)
 
-        def create(seed: jax.typing.ArrayLike) -> TrainState:
-            return create_state(model, optimizer, tuple(metrics), seed)
+        def create(seed: jax.typing.ArrayLike, arrays: dict[str, jax.typing.ArrayLike]) -> TrainState:
+            return create_state(model, optimizer, tuple(metrics), seed, arrays)
 
         def one_step(state: TrainState, batch: Batch):
             new, metrics = train_step(state.replace(metrics={}), batch)
@@ -149,9 +150,9 @@ class Run:
             return state.replace(model_state=reset_counters(state.model_state))
 
         jit = functools.partial(jax.jit, out_shardings=self._everywhere)
-        self._abstract_member = jax.eval_shape(lambda: create(0))
+        self._abstract_member = jax.eval_shape(lambda: create(0, {}))
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
-        self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create))
+        self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create, in_axes=(0, None)))
         self._step = jit(step, donate_argnums=0)
         self._eval_step = jit(make_eval_step(model, transforms.evaluate))
         self._record = jit(
@@ -197,11 +198,24 @@ class Run:
 
     # ---------------- States ----------------
 
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """What ``config.init_from`` has for the model; read when it is first asked for.
+
+        ValueError and FileNotFoundError as `dpa_jax.models.variables_from_torch`.
+        """
+        if not self.config.init_from:
+            return Weights({}, "")
+        try:
+            return match(self.model, self.config.init_from)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"config: init_from: {error}") from error
+
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
         if len(self.seeds) == 1:
-            return self._init(self.seeds[0])
-        return self._init_several(jnp.asarray(self.seeds, jnp.uint32))
+            return self._init(self.seeds[0], self.weights.arrays)
+        return self._init_several(jnp.asarray(self.seeds, jnp.uint32), self.weights.arrays)
 
     @property
     def abstract_state(self) -> TrainState:
@@ -277,7 +291,7 @@ class Run:
         return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
 
     def diagnose(self, state: TrainState) -> list[str]:
-        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one held-out batch.
+        """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one evaluation batch.
 
         Nothing where the model has no mechanism.
         """

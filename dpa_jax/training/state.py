@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +19,7 @@ from dpa_jax.activations import activation
 from dpa_jax.activations.penalties import Ratio
 from dpa_jax.activations.registry import ACTIVATIONS
 from dpa_jax.checks import check_choice, check_options
+from dpa_jax.models.torch import put
 
 
 class TrainState(struct.PyTreeNode):
@@ -46,8 +49,9 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     """
     check_choice("config", "mechanism", config.mechanism, [*ACTIVATIONS, "dnrt"])
     check_choice("config", "model", config.model, models.MODELS)
-    # DNRT is two things: RAA as the activation, and ARR behind the blocks.
-    name, arr = ("raa", {"arr": True}) if config.mechanism == "dnrt" else (config.mechanism, {})
+    # DNRT is two things: RAA as every activation, and ARR behind the blocks.
+    dnrt = config.mechanism == "dnrt"
+    name, arr = ("raa", {"arr": True}) if dnrt else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
     given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
     # Follow from the data, and from how the run shares a batch among the devices.
@@ -58,7 +62,8 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     if "num_classes" in inspect.signature(mechanism).parameters:
         options["num_classes"] = num_classes
     given["activation"] = activation(name, **options)
-    return models.create(config.model, num_classes, **given, **config.model_options)
+    places = {"activation_places": "all"} if dnrt and "activation_places" in inspect.signature(model).parameters else {}
+    return models.create(config.model, num_classes, **given, **{**places, **config.model_options})
 
 
 def create_state(
@@ -66,11 +71,12 @@ def create_state(
     optimizer: optax.GradientTransformation,
     metric_names: tuple[str, ...],
     seed: jax.typing.ArrayLike,
+    arrays: Mapping[str, jax.typing.ArrayLike] = types.MappingProxyType({}),
 ) -> TrainState:
-    """The state before the first step; a function of the seed alone."""
+    """The state before the first step: a function of the seed and of the arrays, variables by path (`models.torch`)."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
     examples = jax.tree.map(lambda example: jnp.zeros(example.shape, example.dtype), model.example_inputs)
-    variables = dict(model.init(init_key, examples))
+    variables = put(arrays, model.init(init_key, examples))
     params = variables.pop("params")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

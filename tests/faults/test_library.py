@@ -393,7 +393,7 @@ def torch_arrays():
 def test_parameters_of_pytorch_that_do_not_fit(case, change, words):
     model, arrays = torch_arrays()
     with case.raises(*words):
-        dpa_jax.models.params_from_torch(model, {**arrays, **change})
+        dpa_jax.models.variables_from_torch(model, {**arrays, **change})
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_parameters_of_pytorch_that_do_not_fit(case, change, words):
 )
 def test_parameters_of_pytorch_of_something_else(case, model, arrays, words):
     with case.raises(*words[1:]):
-        dpa_jax.models.params_from_torch(model or torch_arrays()[0], arrays)
+        dpa_jax.models.variables_from_torch(model or torch_arrays()[0], arrays)
 
 
 # ---------------- training ----------------

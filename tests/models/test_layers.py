@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import dpa_jax
 from dpa_jax.models.layers import activate
@@ -44,10 +45,44 @@ def test_other_activations_are_called_plainly():
     np.testing.assert_array_equal(Place(dpa_jax.activation("relu")()).apply({}, x, LABELS, True), jnp.maximum(x, 0))
 
 
-@pytest.mark.parametrize("activation", ["relu", jax.nn.relu, dpa_jax.DPA(K), dpa_jax.DPA, None])
+@pytest.mark.parametrize("activation", ["relu", jax.nn.relu, dpa_jax.DPA(K), dpa_jax.DPA])
 def test_what_makes_no_activations_is_refused(activation):
     with pytest.raises(TypeError, match="ViT: activation must be a factory of modules, such as"):
         dpa_jax.models.create("vit", K, activation=activation)
+
+
+def sites(places, **options):
+    """The paths of the mechanisms in a small ResNet whose mechanism is put at these places."""
+    dpa = dpa_jax.activation("dpa", num_classes=K)
+    model = dpa_jax.models.create("resnet", K, activation=dpa, stage_sizes=(1, 2), width=2, image_size=8, **options)
+    model = model.clone(activation_places=places) if places else model
+    variables = jax.eval_shape(model.init, jax.random.key(0), model.example_inputs)
+    return {"/".join(path[:-1]) for path in flatten_dict(variables.get("backward_memory", {}))}
+
+
+def test_an_activation_is_put_where_the_model_is_told():
+    last = {"stage1_block1/activation1", "stage1_block1/activation2"}
+    assert sites(None) == sites("last") == last
+    assert len(sites("all")) == 7 and last < sites("all")
+    assert sites("activation, stage0*/activation2") == {"activation", "stage0_block0/activation2"}
+
+
+def test_the_native_activation_stays_elsewhere():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
+    options = {"stage_sizes": (1, 1), "width": 2, "image_size": 8, "in_channels": 1}
+    model = dpa_jax.models.create("resnet", K, native=dpa_jax.activation("tanh"), **options)
+    variables = model.init(jax.random.key(0), x)
+    logits = model.apply(variables, x)
+    everywhere = model.clone(native=dpa_jax.activation("relu"), activation=dpa_jax.activation("tanh"))
+    np.testing.assert_array_equal(everywhere.clone(activation_places="all").apply(variables, x), logits)
+    assert not np.array_equal(everywhere.apply(variables, x), logits)
+
+
+def test_places_that_a_model_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"activation_places stage9\* fits none of its activations: activation, stage"):
+        sites("stage9*")
+    with pytest.raises(ValueError, match="ViT: activation_places must be 'all' or patterns; its blocks are one loop"):
+        dpa_jax.models.create("vit", K, activation_places="last")
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, "float33", None])

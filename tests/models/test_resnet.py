@@ -104,8 +104,3 @@ def test_images_of_another_shape_are_refused_with_both_shapes():
     model, _ = small_run("relu")
     with pytest.raises(ValueError, match=r"images must be \[B, 8, 8, 3\]; got \(1, 9, 8, 3\)"):
         model.init(jax.random.key(0), jnp.zeros((1, 9, 8, 3)))
-
-
-def test_there_are_no_pytorch_names_to_load_from():
-    with pytest.raises(ValueError, match="ResNet has no PyTorch names"):
-        dpa_jax.models.params_from_torch(dpa_jax.models.create("resnet18", 10), {})

@@ -72,7 +72,7 @@ def test_training_follows_the_authors_program(golden, mechanism):
     optimizer = make_optimizer(config, lambda step: recorded["lr"])
     state = jax.jit(lambda: create_state(model, optimizer, (), seed=0))()
     init = {name.removeprefix("init/"): arrays[name] for name in arrays if name.startswith("init/")}
-    params = dpa_jax.models.params_from_torch(model, init)
+    params = dpa_jax.models.variables_from_torch(model, init)["params"]
     state = state.replace(params=params, opt_state=optimizer.init(params))
 
     images = np.moveaxis(arrays["images_nchw"], 2, -1)
@@ -95,7 +95,7 @@ def test_training_follows_the_authors_program(golden, mechanism):
         close(found, np.nan_to_num(arrays[name]))  # a class that has not been seen has no row there, and zeros here
     close(model.apply(state.variables, images[-1]), arrays["eval_logits"])
     final = {name.removeprefix("final/"): arrays[name] for name in arrays if name.startswith("final/")}
-    expected = dpa_jax.models.params_from_torch(model, final)
+    expected = dpa_jax.models.variables_from_torch(model, final, {})["params"]
     width = recorded["embed_dim"]
     for params in (expected, state.params):
         # A key's bias shifts all of a query's scores alike: its gradient is rounding, which Adam makes steps of.
@@ -109,9 +109,9 @@ def test_first_gradients_are_the_authors(golden):
     recorded = json.loads(str(arrays["config"]))
     model = create_model(run_config(recorded), recorded["num_classes"], in_channels=3)
     start, expected = (
-        dpa_jax.models.params_from_torch(
+        dpa_jax.models.variables_from_torch(
             model, {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
-        )
+        )["params"]
         for prefix in ("init/", "grad0_clipped/")
     )
     images, labels = np.moveaxis(arrays["images_nchw"][0], 1, -1), arrays["labels"][0]
