@@ -176,7 +176,7 @@ def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     import safetensors
 
     try:
-        tensors: Any = safetensors.deserialize(data)  # its types are not in every version
+        tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{_CUT}: {error}") from error
     found = {}
