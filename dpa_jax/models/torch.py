@@ -171,8 +171,7 @@ def match(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike) -> We
 def put(arrays: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables with some replaced, by their paths; may be traced."""
     flat = flatten_dict(dict(variables), sep="/", keep_empty_nodes=True)
-    # A copy: on a CPU jnp.asarray may share the memory of an array that its owner changes.
-    return unflatten_dict({**flat, **{path: jnp.array(array) for path, array in arrays.items()}}, sep="/")
+    return unflatten_dict({**flat, **{path: jnp.asarray(array) for path, array in arrays.items()}}, sep="/")
 
 
 def torch_name(path: str, names: Mapping[str, str]) -> str:
