@@ -91,6 +91,15 @@ def test_the_round_trip_through_a_file_is_exact(tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), back["params"], variables["params"])
 
 
+def test_what_is_given_is_copied():
+    arrays = torch_arrays()
+    variables = variables_from_torch(small(), arrays, {})
+    before = jax.tree.map(np.array, variables)
+    for array in arrays.values():
+        array[...] = 0
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
 # ---------------- what is wrong ----------------
 
 
