@@ -238,6 +238,31 @@ def value_and_grad(
     return value_and_gradients
 
 
+def variables(model: nnx.Module) -> dict[str, Any]:
+    """The mechanisms' variables as linen has them, by collection, path and name: what `dpa_jax.diagnose` compares.
+
+    Example::
+
+        before = dpa_jax.nnx.variables(model)
+        ...  # some training steps
+        for line in dpa_jax.diagnose(before, dpa_jax.nnx.variables(model), records):
+            print(line)
+
+    Copies, which later steps do not change. Raises TypeError if ``model`` is no NNX module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"variables: takes an nnx.Module; got a {type(model).__name__}")
+    found: dict[str, Any] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Stateful):
+            for key, variable in module.mechanism.kept.items():
+                node = found.setdefault(variable.collection, {})
+                for part in map(str, path):
+                    node = node.setdefault(part, {})
+                node[variable.name] = jnp.copy(getattr(module, key)[...])
+    return found
+
+
 def reset_counters(model: nnx.Module) -> None:
     """`dpa_jax.reset_counters` of every mechanism in the model, in place: whenever it enters evaluation.
 

@@ -49,6 +49,15 @@ class FourRows(nn.Module):
         return dpa_jax.DPA(K, pool="mean", update_interval=1)(x, labels, train, rows_per_sample=4)[:, 0]
 
 
+class Tokens(nn.Module):
+    """A label for each token."""
+
+    @nn.compact
+    def __call__(self, x, labels=None, train=False):
+        labels = None if labels is None else jnp.broadcast_to(labels[:, None], x.shape[:2])
+        return dpa_jax.DPA(K, update_interval=1)(nn.Dense(C)(x), labels, train)[:, 0]
+
+
 class Tracker(dpa_jax.Mechanism):
     """Somebody's own: indexes and sums over the batch, and sees a memory as well as samples."""
 
@@ -78,6 +87,7 @@ class Own(nn.Module):
 MODELS = {
     "layers": Layers(),
     "rows": FourRows(),
+    "tokens": Tokens(),
     "own": Own(),
     "vit": dpa_jax.models.create(
         "vit",

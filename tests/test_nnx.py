@@ -405,3 +405,23 @@ def test_swap_refuses_one_activation_for_different_channels():
     with pytest.raises(ValueError, match=r"swap: act is called with \[4, 5\] channels"):
         dpa_jax.nnx.swap(model, functools.partial(dpa_jax.nnx.DPA, 3), jnp.ones((2, 4)))
     assert model.act is nnx.relu
+
+
+def test_diagnose_tells_of_a_backward_memory_that_never_moved():
+    x, labels = batch(0)
+
+    def train(value_and_grad):
+        model = nnx.Dict(act=dpa_jax.nnx.DPA(K, C, update_interval=2, pool="none"))
+        before = dpa_jax.nnx.variables(model)
+
+        def loss_fn(model):
+            y, records = dpa_jax.nnx.recorded(model.act)(x, labels, train=True)
+            return jnp.sum(jnp.square(y)), records
+
+        for _ in range(4):
+            (_, records), _ = value_and_grad(loss_fn, has_aux=True)(model)
+        return dpa_jax.diagnose(before, dpa_jax.nnx.variables(model), records)
+
+    (said,) = [line for line in train(nnx.value_and_grad) if "backward" in line]
+    assert said.startswith("DPA 'act': its backward memory never moved")
+    assert not [line for line in train(dpa_jax.nnx.value_and_grad) if "backward" in line]

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from dpa_jax.activations.sharding import on_auto_axes, spec
 from dpa_jax.checks import check_sizes
 from dpa_jax.models import layers
 from dpa_jax.models.transformer import Block, Isotropic, block_names, check_ratio, check_width
@@ -36,14 +38,19 @@ class TNTBlock(nn.Module):
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Pixels [B N, n, c] and tokens [B, 1 + N, D] -> the same, as `repeat` wants it."""
         pixels, tokens = x
-        batch, rest, features = tokens.shape
+        _, length, features = tokens.shape
         pixels, _ = self.inner(name="inner")(pixels, drop_rate, labels, train)
-        y = layers.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(pixels)
-        y = y.reshape(batch, rest - 1, y.shape[1] * y.shape[2])
+        y = flat(layers.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(pixels), length - 1)
         y = layers.Dense(features, dtype=self.dtype, name="projection")(y)
         tokens = jnp.concatenate([tokens[:, :1], tokens[:, 1:] + y], axis=1)
         tokens, _ = self.outer(name="outer")(tokens, drop_rate, labels, train)
         return (pixels, tokens), None
+
+
+def flat(pixels: jax.Array, rows: int) -> jax.Array:
+    """Pixels [B N, n, c] of N rows a sample, one after the other: [B, N, n c]."""
+    y = pixels.reshape(pixels.shape[0], pixels.shape[1] * pixels.shape[2])  # on Explicit axes, one axis at a time
+    return y.reshape(y.shape[0] // rows, rows, y.shape[1])
 
 
 class TNT(Isotropic):
@@ -83,7 +90,7 @@ class TNT(Isotropic):
         """
         pixels = self._pixels(self.checked(images))
         rows = (self.image_size // self.patch_size) ** 2
-        y = pixels.reshape(pixels.shape[0] // rows, rows, pixels.shape[1] * pixels.shape[2])
+        y = flat(pixels, rows)
         norm = functools.partial(layers.LayerNorm, epsilon=self.epsilon, dtype=self.dtype)
         y = layers.Dense(self.embed_dim, dtype=self.dtype, name="projection")(norm(name="pixel_norm")(y))
         y = norm(name="patch_norm")(y)
@@ -105,8 +112,12 @@ class TNT(Isotropic):
         patches, side = self.image_size // self.patch_size, self.patch_size // self.first_stride  # along an edge
         options = {"strides": self.first_stride, "padding": 3, "dtype": self.dtype, "name": "pixel_embed"}
         y = layers.uniform_conv(self.inner_dim, self.in_channels, 7, **options)(images)
-        y = y.reshape(len(y), patches, side, patches, side, self.inner_dim).swapaxes(2, 3)
-        y = y.reshape(len(y) * patches**2, side**2, self.inner_dim)
+
+        def cut(y: jax.Array) -> jax.Array:
+            y = y.reshape(len(y), patches, side, patches, side, self.inner_dim).swapaxes(2, 3)
+            return y.reshape(len(y) * patches**2, side**2, self.inner_dim)
+
+        y = on_auto_axes(cut, y, specs=lambda _: PartitionSpec(*spec(y)[:1]))
         # The axes are PyTorch's.
         positions = self.param("pixel_position", layers.normal_init, (1, self.inner_dim, side, side), jnp.float32)
         return y + positions.reshape(1, self.inner_dim, side**2).swapaxes(1, 2).astype(self.dtype)

@@ -28,7 +28,7 @@ from dpa_jax.models.weight_files import read_weights, state_dict
 _COLLECTIONS = ("params", "batch_stats")  # what PyTorch's state dicts have
 _WRAPPERS = ("module.", "model.", "_orig_mod.")  # before every name of a model that was saved inside of another
 _POSITIONS = re.compile(r"(pos_embed\d*|patch_pos)")  # PyTorch's names of position embeddings [1, N, D]
-_ACTIVATION = re.compile(r"(^|\.)activation\d*\.")  # what is under such a module is a mechanism's
+_ACTIVATION = re.compile(r"(^|\.)activation\w*\.")  # what is under such a module is a mechanism's
 
 
 class Weights(NamedTuple):
@@ -62,7 +62,7 @@ def variables_from_torch(
         model: a model of `dpa_jax.models`, or one that has ``torch_names``.
         source: the path of a ``.pth`` or ``.safetensors`` file, which is read without PyTorch and runs no code, or a
             state dict: {name: array}, such as ``torch_model.state_dict()``.
-        variables: the fresh ones, of ``model.init``; None: those of seed 0.
+        variables: the fresh ones, of ``model.init``; None: those of seed 0; {}: none, for what the source has alone.
 
     Returns:
         The variables, float32 where they come from the source. Those given are not changed.
@@ -162,7 +162,9 @@ def match(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike) -> We
     for name, (path, _) in places.items():
         if path not in fresh | own:
             layers[path].append(_from_torch(model, path, found[name]))
-    stacked = {path: np.stack(arrays).reshape(wanted[path].shape) for path, arrays in layers.items()}
+    stacked = {}
+    for path, several in layers.items():  # a single one may be large, and is not copied
+        stacked[path] = (np.stack(several) if len(several) > 1 else several[0]).reshape(wanted[path].shape)
     return Weights(stacked, "; ".join([f"{sum(map(len, layers.values()))} of {len(places)} arrays loaded", *changes]))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = {
+DTYPES: dict[str, Any] = {
     "Double": np.dtype("<f8"),
     "Float": np.dtype("<f4"),
     "Half": np.dtype("<f2"),

@@ -180,7 +180,7 @@ def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{_CUT}: {error}") from error
     found = {}
-    for name, tensor in tensors:
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):  # which come in another order every time
         if tensor["dtype"] not in _SAFETENSORS:
             raise ValueError(f"tensor {name[:80]!r} has the dtype {tensor['dtype']}, which is not read")
         dtype = DTYPES[_SAFETENSORS[tensor["dtype"]]]

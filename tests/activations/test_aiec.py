@@ -257,7 +257,7 @@ def test_inputs_that_do_not_fit_are_refused(x, labels, message):
 
 def test_wrong_ranks_and_forgotten_collections_are_named():
     with pytest.raises(ValueError, match=r"pool='token' takes an input of shape \[B, N, C\]; got \(24, 6\)"):
-        dpa_jax.AIEC(K).init(jax.random.key(0), jnp.zeros((B, C)))
+        dpa_jax.AIEC(K, pool="token").init(jax.random.key(0), jnp.zeros((B, C)))
     act = dpa_jax.AIEC(K, pool="none")
     params = {"params": act.init(jax.random.key(0), jnp.zeros((B, C)))["params"]}
     with pytest.raises(ValueError, match=r"AIEC .*'activity_counters' is missing"):

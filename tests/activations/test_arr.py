@@ -202,6 +202,6 @@ def test_inputs_that_do_not_fit_are_refused(x, labels, message):
 
 def test_wrong_ranks_and_forgotten_collections_are_named():
     with pytest.raises(ValueError, match=r"pool='token' takes an input of shape \[B, N, C\]; got \(24, 8\)"):
-        dpa_jax.ARR(K).init(jax.random.key(0), jnp.zeros((B, C)))
+        dpa_jax.ARR(K, pool="token").init(jax.random.key(0), jnp.zeros((B, C)))
     with pytest.raises(ValueError, match=r"ARR .*'response_memory' is missing"):
         dpa_jax.ARR(K, pool="none").apply({}, jnp.zeros((B, C)), jnp.zeros(B, int), True, mutable=dpa_jax.MUTABLE)

@@ -64,9 +64,12 @@ def test_the_round_trip_is_exact(name):
     """There and back, with a mechanism that has parameters."""
     model = dpa_jax.models.create(name, 7, activation=dpa_jax.activation("raa"))
     variables = random_variables(model)
-    back = variables_from_torch(model, to_torch(model, variables), jax.tree.map(np.zeros_like, variables))
-    assert any("shift_kernel" in path for path in flatten_dict(back["params"], sep="/"))
+    arrays = to_torch(model, variables)
+    back = variables_from_torch(model, arrays, jax.tree.map(np.zeros_like, variables))
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), dict(back), variables)
+    without = {name: array for name, array in arrays.items() if "shift_" not in name}
+    assert len(without) < len(arrays)
+    assert match(model, without).summary.endswith("not there: fresh")
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.endswith("224")])
@@ -86,6 +89,15 @@ def test_the_round_trip_through_a_file_is_exact(tmp_path):
     safetensors.numpy.save_file(to_torch(small(), variables), tmp_path / "model.safetensors")
     back = variables_from_torch(small(), tmp_path / "model.safetensors", {})
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), back["params"], variables["params"])
+
+
+def test_what_is_given_is_copied():
+    arrays = torch_arrays()
+    variables = variables_from_torch(small(), arrays, {})
+    before = jax.tree.map(np.array, variables)
+    for array in arrays.values():
+        array[...] = 0
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
 # ---------------- what is wrong ----------------

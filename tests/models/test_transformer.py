@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dpa_jax
 
@@ -17,7 +18,7 @@ K = 5
 EQUAL_BLOCKS = {"image_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2}
 STAGES = {"embed_dims": (4, 8), "num_heads": (1, 2), "mlp_ratios": (2, 2), "depths": (2, 2), "reductions": (2, 1)}
 SIZES = {
-    "cait": EQUAL_BLOCKS,
+    "cait": {**EQUAL_BLOCKS, "layer_scale": 1.0},  # 1e-5 would leave nothing of the branches
     "deit": EQUAL_BLOCKS,
     "pvt": {"image_size": 16, "patch_size": 4, **STAGES},
     "tnt": {**EQUAL_BLOCKS, "inner_dim": 8},
@@ -82,8 +83,6 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
     @jax.jit
     def run():
         start = model.init(jax.random.key(0), x)
-        # Larger than fresh ones: the branches of CaiT would not count otherwise.
-        start = jax.tree.map(lambda leaf: 5 * leaf + 0.1 * (leaf.ndim < 3), start)
         return start, model.apply(start, x), reference.apply(start, x)
 
     start, logits, exact = run()
@@ -126,6 +125,27 @@ def test_scanned_and_unrolled_blocks_are_the_same_model(name):
     (scanned, unrolled), logits = run()
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), unrolled, scanned)
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_on_explicit_axes_has_the_logits_of_one_device_and_gradients(name):
+    """Eight devices; the training call, whose backward pass is traced only."""
+    model = small(name, dropout=0.1, stochastic_depth=0.1)
+    x = images(model, 8)
+    start = jax.jit(model.init)(jax.random.key(0), x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    replicated, spread = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+
+    def total(variables, x):
+        return jnp.sum(model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(1)}))
+
+    apply = jax.jit(model.apply)
+    with jax.set_mesh(mesh):
+        variables, inputs = jax.device_put(start, replicated), jax.device_put(x, spread)
+        logits = apply(variables, inputs)
+        gradients = jax.eval_shape(jax.grad(total), variables, inputs)
+    assert logits.sharding.spec[0] == "data"
+    np.testing.assert_allclose(logits, apply(start, x), rtol=0, atol=1e-6)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, start)
 
 
 def test_an_empty_batch_has_no_logits(name):
