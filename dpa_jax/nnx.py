@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,6 +52,12 @@ _TYPES: dict[str, type[nnx.Variable]] = {
     "response_memory": ResponseMemory,
     "activity_counters": ActivityCounter,
 }
+
+
+# What flax's bridge makes of these collections.
+_BRIDGED: dict[str, type[nnx.Variable]] = {**_TYPES, RECORDS: PenaltyRecords}
+for _collection, _type in _BRIDGED.items():
+    nnx.register_variable_name(_collection, _type, overwrite=True)
 
 
 def variable_type(collection: str) -> type[nnx.Variable]:
@@ -261,6 +268,48 @@ def variables(model: nnx.Module) -> dict[str, Any]:
                     node = node.setdefault(part, {})
                 node[variable.name] = jnp.copy(getattr(module, key)[...])
     return found
+
+
+class ForBridge(nn.Module):
+    """A linen model with mechanisms in it, as `flax.nnx.bridge.ToNNX` takes one.
+
+    Example::
+
+        model = nnx.bridge.ToNNX(dpa_jax.nnx.ForBridge(linen_model), rngs=nnx.Rngs(0)).lazy_init(images)
+
+        def loss_fn(model):
+            logits = model(images, labels, train=True, mutable=list(dpa_jax.MUTABLE))
+            records = {"penalty_records": nnx.pop(model, dpa_jax.nnx.PenaltyRecords)}
+            return cross_entropy(logits) + 5.0 * dpa_jax.penalties(records)["channel"]
+
+        loss, gradients = dpa_jax.nnx.value_and_grad(loss_fn)(model)
+
+    NNX has one name space in a module, where linen has one a collection: a backward memory ``mean`` is
+    ``backward_mean`` there, and everything is below ``inner``.
+    """
+
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model itself."""
+        call = nn.map_variables(
+            lambda inner, *args, **kwargs: inner(*args, **kwargs),
+            "backward_memory",
+            trans_in_fn=lambda tree: _renamed(tree, lambda name: name.removeprefix("backward_")),
+            trans_out_fn=lambda tree: _renamed(tree, lambda name: f"backward_{name}"),
+            init=self.is_initializing(),
+            mutable=True,
+        )
+        return call(self.inner, *args, **kwargs)
+
+
+def _renamed(tree: Any, name: Callable[[str], str]) -> dict[str, Any]:
+    """Nested dicts with other names for the arrays in them."""
+    return {
+        key if isinstance(v, dict) else name(key): _renamed(v, name) if isinstance(v, dict) else v
+        for key, v in tree.items()
+    }
 
 
 def reset_counters(model: nnx.Module) -> None:

@@ -16,6 +16,7 @@ from flax import nnx
 import dpa_jax
 import dpa_jax.nnx
 from dpa_jax.activations import Record
+from dpa_jax.activations.penalties import RECORDS
 
 K, C, B = 4, 6, 16
 COEFFICIENTS = {"channel": 5.0, "arr": 2.0, "aux": 1.0, "gate": 10.0}
@@ -425,3 +426,38 @@ def test_diagnose_tells_of_a_backward_memory_that_never_moved():
     (said,) = [line for line in train(nnx.value_and_grad) if "backward" in line]
     assert said.startswith("DPA 'act': its backward memory never moved")
     assert not [line for line in train(dpa_jax.nnx.value_and_grad) if "backward" in line]
+
+
+def test_a_linen_model_goes_over_the_bridge():
+    x, labels = batch(0)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, labels=None, train=False):
+            act = dpa_jax.DPA(K, pool="none", update_interval=1, name="act")
+            return act(nn.Dense(C)(x), labels, train)
+
+    bridged = nnx.bridge.ToNNX(dpa_jax.nnx.ForBridge(Model()), rngs=nnx.Rngs(0)).lazy_init(x)
+    kept = {"params": nnx.Param, "forward_memory": dpa_jax.nnx.ForwardMemory}
+    variables = {name: nnx.to_pure_dict(nnx.state(bridged, kind))["inner"] for name, kind in kept.items()}
+    memory = {"act": {"mean": bridged.inner["act"]["backward_mean"][...]}}
+
+    def linen_loss(params, memory):
+        given = {**variables, "params": params, "backward_memory": memory}
+        y, mutated = Model().apply(given, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+        return jnp.sum(jnp.square(y)) + dpa_jax.penalties(mutated)["channel"]
+
+    def bridged_loss(model):
+        y = model(x, labels, train=True, mutable=list(dpa_jax.MUTABLE))
+        records = {RECORDS: nnx.pop(model, dpa_jax.nnx.PenaltyRecords)}
+        return jnp.sum(jnp.square(y)) + dpa_jax.penalties(records)["channel"]
+
+    expected, (gradients, update) = jax.value_and_grad(linen_loss, argnums=(0, 1))(variables["params"], memory)
+    for step in range(2):
+        loss, found = dpa_jax.nnx.value_and_grad(bridged_loss)(bridged)
+        if step == 0:
+            np.testing.assert_allclose(loss, expected, rtol=1e-6)
+            chex.assert_trees_all_close(nnx.to_pure_dict(found)["inner"], gradients, rtol=1e-5)
+            after = memory["act"]["mean"] + update["act"]["mean"]
+            np.testing.assert_allclose(bridged.inner["act"]["backward_mean"][...], after, rtol=1e-6)
+    assert np.abs(after).max() > 0
