@@ -1,4 +1,4 @@
-"""What a training step costs, as the compiler accounts for it: for the devices here, or for TPUs that need not be here."""
+"""What a training step costs by the compiler's account: on the devices here, or on TPUs that need not be here."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 def compile_step(run: Run) -> Cost:
     """The cost of a run's training step, on its devices, which need not be here.
 
-    The compiler counts a loop's body once. Where the run's model loops over its blocks, operations, bytes and collectives
-    are therefore those of a second program, with one block after the other; the memory is that of the first.
+    The compiler counts a loop's body once. Where the run's model loops over its blocks, operations, bytes and
+    collectives are therefore those of a second program, with one block after the other; the memory is the first's.
     """
     device = run.devices[0]
     scan = getattr(run.model, "scan", False)
@@ -148,7 +148,9 @@ def compile_step(run: Run) -> Cost:
     program = (_with_scan(run, False) if scan is None and not loops else run).lower().compile()
     counted = _with_scan(run, False).lower().compile() if loops else program
     seconds = time.perf_counter() - begin
-    memory, cost = program.memory_analysis(), counted.cost_analysis()
+    memory, cost, text = program.memory_analysis(), counted.cost_analysis(), counted.as_text()
+    if memory is None or cost is None or text is None:
+        raise ValueError(f"the compiler for {device.device_kind} does not tell what a program costs")
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Cost(
         devices=len(run.devices),
@@ -158,7 +160,7 @@ def compile_step(run: Run) -> Cost:
         peak_bytes=peak + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=count_collectives(counted.as_text()),
+        collectives=count_collectives(text),
         memory_bytes=_memory(device),
         compile_seconds=seconds,
     )
@@ -202,7 +204,8 @@ def table(run: Run, cost: Cost) -> str:
     if (ridge := cost.ridge) and (ceiling := cost.utilisation_ceiling):
         limit = f"at most {100 * ceiling:.1f} % of the arithmetic, which is the limit from {ridge:.0f} on"
     rows = {
-        "memory": f"{memory} (arguments {cost.argument_bytes / 1e9:,.3f}, temporaries {cost.temporary_bytes / 1e9:,.3f})",
+        "memory": f"{memory} (arguments {cost.argument_bytes / 1e9:,.3f}, "
+        f"temporaries {cost.temporary_bytes / 1e9:,.3f})",
         "operations": f"{cost.flops / 1e9:,.2f} GFLOP",
         "bytes": f"{cost.bytes_accessed / 1e9:,.3f} GB read and written",
         "collectives": counts,
