@@ -19,6 +19,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import sys
 import traceback
 import types
@@ -264,8 +265,10 @@ def _help(about: str, options: flags.FlagValues, default: str | None) -> str:
     """What a command does, its flags, and every key of the configuration with its value and its meaning."""
     from dpa_jax.config import default_config
 
+    width = shutil.get_terminal_size().columns
+
     def entry(name: str, text: str) -> str:
-        return f"  {name}\n{flags.text_wrap(text, indent=' ' * 6)}"
+        return f"  {name}\n{flags.text_wrap(text, width, indent=' ' * 6)}"
 
     which = f"default: {default}" if default else "must be given"
     lines = [

@@ -118,7 +118,9 @@ def check_dpa(name: str, small: Make, run: str = "dpa", **options: Any) -> None:
     variables = variables_from_torch(model, under(arrays, "init/"), variables)
     optimizer = _optimizer(settings)
     opt_state = optimizer.init(variables["params"])
-    step = jax.jit(functools.partial(_dpa_step, model, optimizer, settings["coefs"][0]))
+    # Convolutions of float64 are XLA's own, too slow without its optimisation.
+    optimized = {"xla_backend_optimization_level": 1} if jax.config.jax_enable_x64 else None
+    step = jax.jit(functools.partial(_dpa_step, model, optimizer, settings["coefs"][0]), compiler_options=optimized)
     for t in range(settings["steps"]):
         variables, opt_state, seen = step(variables, opt_state, *batch(arrays, t))
         # Compared are losses by rtol, or absolutely where they are under 0.01.
