@@ -6,7 +6,7 @@
 The first measures on the devices here, interleaved as in ``activation_overhead.py``: medians over rounds of a step's
 time, and of its ratio to the unrolled form's.
 
-The second compiles for TPUs that need not be there (``pip install libtpu``), the batch sharded over all chips, and
+The second compiles for TPUs that need not be there (the extra ``tpu-aot``), the batch sharded over all chips, and
 prints the compiler's account of one chip: gigabytes read and written, floating point operations, memory for
 temporaries, and the collective operations of a step. The compiler counts the body of a loop once; a second program
 with two blocks in the body tells what one costs, and all are counted here.
@@ -14,7 +14,6 @@ with two blocks in the body tells what one costs, and all are counted here.
 
 import argparse
 import json
-import os
 import re
 import statistics
 import time
@@ -23,7 +22,6 @@ from unittest import mock
 from activation_overhead import interleave, prepare, random_batch, ratios, training_step
 
 FORMS = {"unrolled": False, "scanned": True}
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict]:
@@ -51,13 +49,12 @@ def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
     import flax.linen as nn
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from dpa_jax.models import ViT
+    from dpa_jax.training.cost import tpu_devices
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.asarray(devices).reshape(-1), ("data",))
+    mesh = Mesh(np.asarray(tpu_devices(topology)).reshape(-1), ("data",))
     replicated, sharded = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     batch = jax.eval_shape(lambda: random_batch(args))
 
@@ -94,6 +91,8 @@ def compile_for(topology: str, args: argparse.Namespace) -> dict[str, dict]:
 
 def collectives(program: str, depth: int) -> dict[str, int]:
     """How many of each kind a step runs: those in the body of a loop once a block."""
+    from dpa_jax.training.cost import COLLECTIVES
+
     bodies = set(re.findall(r"body=%([\w.-]+)", program))
     # {channel: how often}: the compiler splits one collective over many instructions, under one channel.
     channels: dict[str, dict[str, int]] = {kind: {} for kind in COLLECTIVES}
@@ -118,11 +117,6 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
-    if args.topology:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     rows = compile_for(args.topology, args) if args.topology else measure(args)
     for name, row in rows.items():
         print(f"{name:16}", "  ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)))

@@ -69,9 +69,14 @@ def check_sizes(owner: str, sizes: Mapping[str, Any], high: int = MAX_SIZE) -> N
         check_count(owner, name, int(size), 1, high)
 
 
+def host_memory() -> int:
+    """The bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(owner: str, what: str, size: int) -> None:
     """Raises ValueError where ``what`` takes so many bytes that this machine's memory could not hold it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
     if size > memory:
         raise ValueError(
             f"{owner}: {what} would take {size / 1e9:,.1f} GB; this machine has {memory / 1e9:,.1f} GB of memory"

@@ -1,4 +1,7 @@
-"""Trains and evaluates: python -m dpa_jax.train --config NAME [--workdir DIR] [--config.KEY=VALUE ...] [--eval]."""
+"""Trains and evaluates: python -m dpa_jax.train --config NAME [--workdir DIR] [--config.KEY=VALUE ...] [--eval].
+
+With --compile_only it compiles the training step and says what that costs: docs/scale.md.
+"""
 
 import contextlib
 import pathlib
@@ -21,6 +24,11 @@ def _define_flags(options: flags.FlagValues) -> None:
     command_line.define_workdir(workdir, options)
     evaluate = "Evaluate the run's best and newest checkpoints, train nothing."
     flags.DEFINE_bool("eval", False, evaluate, flag_values=options)
+    only = "Compile the training step, print what it costs, and end; no data is needed."
+    flags.DEFINE_bool("compile_only", False, only, flag_values=options)
+    topology = "With --compile_only: the TPUs to compile for, v5e:16x16 for example; they need not be there."
+    flags.DEFINE_string("topology", None, topology, flag_values=options)
+    flags.DEFINE_string("json", None, "With --compile_only: the file for its figures.", flag_values=options)
     _define_host_flags(options)
 
 
@@ -56,6 +64,15 @@ def _train(options: flags.FlagValues) -> None:
 
     if not options.distributed and (options.coordinator, options.processes, options.process) != (None, None, None):
         raise ValueError("--coordinator, --processes and --process are for --distributed; it is missing")
+    if options.compile_only:
+        if options.eval or options.distributed:
+            raise ValueError("--compile_only trains and evaluates nothing; leave out --eval and --distributed")
+        from dpa_jax.training import cost
+
+        command_line.tell(cost.report(options.config, options.topology, options.json))
+        return
+    if (options.topology, options.json) != (None, None):
+        raise ValueError("--topology and --json are for --compile_only; it is missing")
     workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
     try:
         if options.eval:
