@@ -36,8 +36,8 @@ def _define_host_flags(options: flags.FlagValues) -> None:
     flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
     coordinator = "HOST:PORT of process 0. Like the next two, for --distributed where no cluster says it."
     flags.DEFINE_string("coordinator", None, coordinator, flag_values=options)
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
-    flags.DEFINE_integer("process", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
     wait = "How long the processes wait for each other at the start."
     flags.DEFINE_integer("join_seconds", 60, wait, lower_bound=1, flag_values=options)
 
@@ -54,7 +54,7 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     from dpa_jax.training.hosts import Hosts
 
-    return Hosts(options.coordinator, options.processes, options.process, options.join_seconds)
+    return Hosts(options.coordinator, options.num_processes, options.process_id, options.join_seconds)
 
 
 def _train(options: flags.FlagValues) -> None:
@@ -62,8 +62,9 @@ def _train(options: flags.FlagValues) -> None:
     from dpa_jax.training.checkpoint import DamagedCheckpointError
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
-    if not options.distributed and (options.coordinator, options.processes, options.process) != (None, None, None):
-        raise ValueError("--coordinator, --processes and --process are for --distributed; it is missing")
+    by_hand = (options.coordinator, options.num_processes, options.process_id)
+    if not options.distributed and by_hand != (None, None, None):
+        raise ValueError("--coordinator, --num_processes and --process_id are for --distributed; it is missing")
     if options.compile_only:
         if options.eval or options.distributed:
             raise ValueError("--compile_only trains and evaluates nothing; leave out --eval and --distributed")

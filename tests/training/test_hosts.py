@@ -64,7 +64,7 @@ def test_a_platform_without_devices_is_one_line(monkeypatch, error):
 
 def test_the_line_without_a_cluster_and_with_a_wrong_address():
     why = hosts.Hosts()._why_not_joined(ValueError("coordinator_address should be defined."))
-    assert "Slurm" in why and "--coordinator=HOST:PORT --processes=N --process=I" in why
+    assert "Slurm" in why and "--coordinator=HOST:PORT --num_processes=N --process_id=I" in why
     for address in ("here", "here:0", "here:70000"):
         with pytest.raises(SystemExit, match=f"HOST:PORT; got '{address}'"):
             hosts.Hosts(address).__enter__()
@@ -93,11 +93,11 @@ def start(folder, *each, wait=True):
     """Trains in two processes, each with its own arguments; [(exit status, last line of standard error)]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+        by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2"]
     command = [sys.executable, "-m", "dpa_jax.train", *TINY, "--workdir=run", *by_hand]
     processes = [
         subprocess.Popen(
-            [*command, f"--process={index}", *arguments],
+            [*command, f"--process_id={index}", *arguments],
             cwd=folder,
             env=os.environ | environment(),
             stdout=subprocess.PIPE,
