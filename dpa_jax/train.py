@@ -4,7 +4,6 @@ With --compile_only it compiles the training step and says what that costs: docs
 """
 
 import contextlib
-import pathlib
 import sys
 
 from absl import flags
@@ -60,6 +59,7 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
 def _train(options: flags.FlagValues) -> None:
     # Imported here, since the loader's worker processes import this module when it is the program.
     from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.folder import folder_of
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
     by_hand = (options.coordinator, options.num_processes, options.process_id)
@@ -74,7 +74,7 @@ def _train(options: flags.FlagValues) -> None:
         return
     if (options.topology, options.json) != (None, None):
         raise ValueError("--topology and --json are for --compile_only; it is missing")
-    workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
+    workdir = folder_of(options.workdir or command_line.default_workdir(options))
     try:
         if options.eval:
             command_line.tell(_table(evaluate(options.config, workdir)))

@@ -18,7 +18,7 @@ from dpa_jax.config import MAX_SEED
 from dpa_jax.plots import History
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged
-from dpa_jax.training.folder import check_kinds, locked
+from dpa_jax.training.folder import check_kinds, folder_of, locked
 from dpa_jax.training.loop import train
 from dpa_jax.training.record import read_history
 from dpa_jax.training.run import Run, build
@@ -60,7 +60,7 @@ def compare(
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
     if config.seed + num_seeds - 1 > MAX_SEED:
         raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}
     check_kinds(workdir, FILES, (folder.name for folder in folders.values()))

@@ -32,6 +32,7 @@ from jax._src import distributed  # the key-value store has no public way in
 
 from dpa_jax.config import changes_figures
 from dpa_jax.data.batch import Spec
+from dpa_jax.training.folder import in_bucket
 
 HEARTBEAT_SECONDS = 50  # without a heartbeat of JAX's own thread, sent every half of it: the process is lost
 GRACE_SECONDS = 1  # between the last word of the other processes and the end of process 0
@@ -322,11 +323,13 @@ def _seen(workdir: pathlib.Path, word: str) -> str:
     deadline = time.monotonic() + FOLDER_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            os.listdir(workdir)  # makes a network's file system look anew
+            if not in_bucket(workdir):
+                os.listdir(workdir)  # makes a network's file system look anew
             if (workdir / f".hosts-{word}").read_text() == word:
                 return "the same"
         if time.monotonic() > deadline:
-            return f"{workdir.absolute()} on {platform.node()}, and has not the file that process 0 has written"
+            where = workdir if in_bucket(workdir) else workdir.absolute()
+            return f"{where} on {platform.node()}, and has not the file that process 0 has written"
         time.sleep(0.1)
 
 

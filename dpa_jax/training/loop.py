@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import os
 import pathlib
 import statistics
 import sys
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
-from dpa_jax.training.folder import check_kinds, locked, writing
+from dpa_jax.training.folder import check_kinds, folder_of, locked, writing
 from dpa_jax.training.header import header, model_line, note_of_rate
 from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
@@ -35,13 +36,13 @@ class Preempted(SystemExit):
     """The run was told to stop, has saved, and will continue when it is started again."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains, evaluates every epoch, and keeps checkpoints and a record; continues what ``workdir`` has.
 
     Args:
         config: as `dpa_jax.config.default_config` makes it, with the changes of a file in ``configs/``.
-        workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``config.json``, ``position.json``,
-            ``tensorboard/``, ``curves.png``.
+        workdir: the run's folder, local or ``gs://BUCKET/NAME``: checkpoints, ``metrics.jsonl``, ``config.json``,
+            ``position.json``, ``tensorboard/``, ``curves.png``.
 
     Returns:
         The last line of ``metrics.jsonl``; nothing where a finished run left none.
@@ -57,7 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         Preempted: after SIGTERM or SIGINT, when the run is saved.
         KeyboardInterrupt: after a second SIGINT, at once.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     (history,) = train(build(config), workdir, [workdir])
     return history[-1] if history else {}
 
@@ -186,7 +187,7 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
         return [recorder.history for recorder in recorders]
 
 
-def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[int, Figures]:
     """Evaluates the best and the newest checkpoint of a run on its whole evaluation split; its folder stays as it is.
 
     Returns:
@@ -196,7 +197,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
         FileNotFoundError: if there is no checkpoint, or no data.
         ValueError: as `train_and_evaluate`.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     run = build(config)
     check_kinds(workdir)
     for note in _check_continued(run, workdir, [workdir]) or []:
