@@ -58,6 +58,8 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
 
 def _train(options: flags.FlagValues) -> None:
     # Imported here, since the loader's worker processes import this module when it is the program.
+    import jax
+
     from dpa_jax.training.checkpoint import DamagedCheckpointError
     from dpa_jax.training.folder import folder_of
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
@@ -77,10 +79,12 @@ def _train(options: flags.FlagValues) -> None:
     workdir = folder_of(options.workdir or command_line.default_workdir(options))
     try:
         if options.eval:
-            command_line.tell(_table(evaluate(options.config, workdir)))
+            said = _table(evaluate(options.config, workdir))
         else:
             train_and_evaluate(options.config, workdir)
-            command_line.tell(f"curves, metrics and checkpoints are in {workdir}")
+            said = f"curves, metrics and checkpoints are in {workdir}"
+        if jax.process_index() == 0:
+            command_line.tell(said)
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
 

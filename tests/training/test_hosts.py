@@ -12,7 +12,7 @@ from jax._src import distributed
 
 from dpa_jax.training import hosts, run
 from tests.faults.harness import TINY, environment
-from tests.helpers import tiny_config
+from tests.helpers import free_port, tiny_config
 
 
 def test_jax_keeps_its_client_where_it_is_looked_for():
@@ -91,9 +91,7 @@ def test_a_process_that_does_not_answer_is_found(monkeypatch):
 
 def start(folder, *each, wait=True):
     """Trains in two processes, each with its own arguments; [(exit status, last line of standard error)]."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2"]
+    by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     command = [sys.executable, "-m", "dpa_jax.train", *TINY, "--workdir=run", *by_hand]
     processes = [
         subprocess.Popen(
