@@ -176,11 +176,13 @@ def _with_scan(run: Run, scan: bool) -> Run:
 def count_collectives(program: str) -> dict[str, int]:
     """How many operations of each kind there are between devices, in the compiler's text of a program.
 
-    The compiler splits one over many instructions, which are of one channel.
+    The compiler splits one over many instructions, which are of one channel. Those of ``shard_map`` are not split, and
+    are all of one channel.
     """
     channels = collections.defaultdict(set)
-    for kind, channel in re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(.*channel_id=(\d+)", program):
-        channels[kind].add(channel)
+    pattern = rf"(\S+) = .* ({'|'.join(COLLECTIVES)})(?:-start)?\(.*channel_id=(\d+)(.*)"
+    for name, kind, channel, rest in re.findall(pattern, program):
+        channels[kind].add(name if "/shard_map/" in rest else channel)
     return {kind: len(channels[kind]) for kind in COLLECTIVES if kind in channels}
 
 

@@ -9,7 +9,7 @@ same, but for the order in which sums are rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,16 @@ LEAST = 2**14
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of a run, on devices that need not be here."""
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def known(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which mechanisms know the mesh, and so how the batch is spread, while it is traced."""
+
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def whole(mesh: Mesh) -> NamedSharding:
