@@ -20,6 +20,7 @@ from dpa_jax.activations import default_coefficients
 from dpa_jax.checks import INT32, MAX_SIZE, check_choice, check_count, check_range, check_type, is_number
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
+SHARDINGS = ("data", "fsdp")
 SCHEDULES = ("cosine", "step", "multistep", "constant")
 MAX_SEED = 2**32 - 1
 
@@ -138,6 +139,13 @@ def _keys() -> dict[str, Any]:
             "float32",
             "What the model computes in, float32 or bfloat16. Parameters, memories and the loss are float32 always.",
             _one_of("float32", "bfloat16"),
+        ),
+        "sharding": Key(
+            "data",
+            "What the devices share: data (the batches alone), or fsdp (parameters, the optimiser's state and memories "
+            "as well).",
+            _one_of(*SHARDINGS),
+            changes_figures=False,
         ),
         "clip_norm": Key(1.0, "Gradients are scaled down to this global norm; 0 leaves them as they are.", _range(0.0)),
         "optimizer": {

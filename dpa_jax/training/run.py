@@ -6,12 +6,11 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import diagnose, reset_counters
@@ -24,6 +23,7 @@ from dpa_jax.data.feeds import make_feed
 from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.sources import open_source
 from dpa_jax.models.torch import Weights, match
+from dpa_jax.training import sharding
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -49,6 +49,17 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds
     return run if seeds is None else run.with_seeds(seeds)
 
 
+class _Compiled(NamedTuple):
+    """What is compiled for states that are spread in one way."""
+
+    shardings: TrainState
+    init: jax.stages.Wrapped
+    step: jax.stages.Wrapped
+    several_steps: jax.stages.Wrapped
+    clear_metrics: jax.stages.Wrapped
+    enter_evaluation: jax.stages.Wrapped
+
+
 class Run:
     """A run of one seed, or of several that are its members: the same program, with a leading axis under ``vmap``.
 
@@ -65,7 +76,6 @@ class Run:
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
         eval_feed: the evaluation examples.
-        clear_metrics: compiled; a state, which is donated -> the state with nothing in its averages.
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
@@ -76,9 +86,8 @@ class Run:
 
         # ---------------- Devices ----------------
         devices = list(devices or _all_devices())
-        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
-        self.devices = devices
+        self._mesh = mesh = sharding.make_mesh(devices)
+        everywhere, self.devices = sharding.whole(mesh), devices
 
         here = len(mesh.local_devices)
         for key in ("batch_size", "eval_batch_size"):
@@ -116,16 +125,19 @@ class Run:
         optimizer = make_optimizer(config, self.schedule)
 
         # ---------------- One member's functions ----------------
+        over_samples = functools.partial(sharding.over_samples, mesh=mesh, sharding=config.sharding)
         coefficients = dict(config.coefficients)
         train_step = make_train_step(
             model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
         )
         # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
         # the compiled step takes the trace over.
-        train_step = jax.jit(train_step, inline=True)
+        train_step = jax.jit(over_samples(train_step), inline=True)
         abstract_state = jax.eval_shape(lambda: create_state(model, optimizer, (), seed=0))
+        shardings = sharding.of_state(abstract_state, mesh, config.sharding)
+        abstract_state = sharding.placed(abstract_state, shardings)
         self._check_memory("the model with its optimiser, by model_options,", abstract_state, here)
-        _, metrics = jax.eval_shape(train_step, self._placed(abstract_state), feed.abstract_batch)
+        _, metrics = jax.eval_shape(train_step, abstract_state, feed.abstract_batch)
 
         def create(seed: jax.typing.ArrayLike, arrays: dict[str, jax.typing.ArrayLike]) -> TrainState:
             return create_state(model, optimizer, tuple(metrics), seed, arrays)
@@ -176,13 +188,24 @@ class Run:
         def enter_evaluation(state: TrainState) -> TrainState:
             return state.replace(model_state=reset_counters(state.model_state))
 
-        jit = functools.partial(jax.jit, out_shardings=self._everywhere)
+        def compiled(leading: tuple[str | None, ...]) -> _Compiled:
+            shardings = sharding.of_state(self._abstract_member, mesh, config.sharding, leading)
+            jit = functools.partial(jax.jit, out_shardings=shardings)
+            return _Compiled(
+                shardings=shardings,
+                init=jit(jax.vmap(create, in_axes=(0, None))) if leading else jit(create, static_argnums=0),
+                step=jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                several_steps=jit(several_steps, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                clear_metrics=jit(clear_metrics, donate_argnums=0),
+                enter_evaluation=jit(enter_evaluation, donate_argnums=0),
+            )
+
+        jit = functools.partial(jax.jit, out_shardings=everywhere)
         self._abstract_member = jax.eval_shape(lambda: create(0, {}))
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
-        self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create, in_axes=(0, None)))
-        self._step = jit(step, donate_argnums=0)
-        self._several_steps = jit(several_steps, donate_argnums=0)
-        self._eval_step = jit(make_eval_step(model, transforms.evaluate))
+        # Once for all copies of the run.
+        self._compiled_for = functools.cache(compiled)
+        self._eval_step = jit(over_samples(make_eval_step(model, transforms.evaluate)))
         self._record = jit(
             lambda variables, batch: model.apply(
                 variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]
@@ -190,27 +213,30 @@ class Run:
         )
         self._add = jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._members = jit(members)
-        self.clear_metrics = jit(clear_metrics, donate_argnums=0)
-        self._enter_evaluation = jit(enter_evaluation, donate_argnums=0)
+        self._members_variables = jax.jit(lambda state: members(state.variables))
+        self._gather = jit(lambda tree: tree)
 
     # ---------------- Members ----------------
 
     def with_seeds(self, seeds: Sequence[int]) -> Self:
         """The same run with other seeds: the data and the compiled functions are shared."""
-        copies = len(seeds) * len(self._everywhere.mesh.local_devices)
-        self._check_memory(f"the state of {len(seeds)} seeds", self._abstract_member, copies)
         run = copy.copy(self)
         run.seeds, run.feeds = tuple(seeds), [self.feeds[0].reordered(seed) for seed in seeds]
+        what, copies = f"the state of {len(seeds)} seeds", len(self._mesh.local_devices)
+        self._check_memory(what, run.abstract_state, copies)
         return run
 
+    @property
+    def _compiled(self) -> _Compiled:
+        return self._compiled_for(() if len(self.seeds) == 1 else (None,))
+
     def _check_memory(self, what: str, abstract: Any, copies: float) -> None:
-        """Raises ValueError where so many copies of a pytree are more than the host's memory, if that is the devices'.
+        """Raises ValueError where so many devices' parts of a pytree exceed the host's memory, if that is theirs.
 
         Linux would end the process without a word. An accelerator's own memory is told by the allocator in time.
         """
-        if self._everywhere.mesh.devices.flat[0].platform == "cpu":
-            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-            check_memory("config", what, round(copies * size))
+        if self.devices[0].platform == "cpu":
+            check_memory("config", what, round(copies * sharding.bytes_per_device(abstract)))
 
     @property
     def configs(self) -> list[ConfigDict]:
@@ -221,8 +247,15 @@ class Run:
         return configs
 
     def members(self, tree: Any) -> list[Any]:
-        """The members' parts of a pytree on the devices that has the leading axis: a state, or a step's metrics."""
+        """The members' parts of a pytree on the devices that has the leading axis, such as a step's metrics.
+
+        Of several members each part is whole on every device.
+        """
         return [tree] if len(self.seeds) == 1 else self._members(tree)
+
+    def _variables(self, state: TrainState) -> list[dict[str, Any]]:
+        """The variables of each member, shared over the devices as those of one are."""
+        return [state.variables] if len(self.seeds) == 1 else self._members_variables(state)
 
     # ---------------- States ----------------
 
@@ -241,20 +274,14 @@ class Run:
 
     def init(self) -> TrainState:
         """The state before the first step, on the devices."""
-        if len(self.seeds) == 1:
-            return self._init(self.seeds[0], self.weights.arrays)
-        return self._init_several(jnp.asarray(self.seeds, jnp.uint32), self.weights.arrays)
+        seeds = self.seeds[0] if len(self.seeds) == 1 else jnp.asarray(self.seeds, jnp.uint32)
+        return self._compiled.init(seeds, self.weights.arrays)
 
     @property
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of a state."""
-        return self._placed(self._abstract_member, () if len(self.seeds) == 1 else (len(self.seeds),))
-
-    def _placed(self, abstract: Any, leading: tuple[int, ...] = ()) -> Any:
-        """Shapes and dtypes, with axes in front, of arrays that are whole on every device."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype, sharding=self._everywhere), abstract
-        )
+        leading = () if len(self.seeds) == 1 else (len(self.seeds),)
+        return sharding.placed(self._abstract_member, self._compiled.shardings, leading)
 
     @property
     def abstract_batch(self) -> list[Batch]:
@@ -288,14 +315,14 @@ class Run:
 
     def lower(self) -> jax.stages.Lowered:
         """The training step as it is handed to the compiler; needs neither the data nor the devices."""
-        return self._step.lower(self.abstract_state, self.abstract_batch)
+        return self._compiled.step.lower(self.abstract_state, self.abstract_batch)
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
         """One training step: the new state, and the metrics as `make_train_step` has them.
 
         The state is the one after ``number`` steps, and is donated. The number says which examples the step sees.
         """
-        return self._step(state, [feed.train(number) for feed in self.feeds])
+        return self._compiled.step(state, [feed.train(number) for feed in self.feeds])
 
     @property
     def _resident(self) -> list[MemoryFeed]:
@@ -323,9 +350,8 @@ class Run:
             return self.step(state, number)
         feeds = self._resident
         orders = [feed.order(number, count, length) for feed in feeds]
-        with jax.transfer_guard_host_to_device("allow"):  # a transfer that is meant
-            steps = jnp.int32(count)
-        return self._several_steps(state, feeds[0].waiting, orders, steps)
+        with jax.transfer_guard_host_to_device("allow"):  # the count's, which is meant
+            return self._compiled.several_steps(state, feeds[0].waiting, orders, np.int32(count))
 
     def seen(self, metrics: dict[str, jax.Array], count: int) -> list[list[Figures]]:
         """The metrics of ``count`` steps, which `steps` gave: of each step, of each member. Waits for the devices."""
@@ -336,6 +362,10 @@ class Run:
         ]
 
     # ---------------- Figures ----------------
+
+    def clear_metrics(self, state: TrainState) -> TrainState:
+        """The state, which is donated, with nothing in its averages."""
+        return self._compiled.clear_metrics(state)
 
     def figures(self, state: TrainState) -> list[Figures]:
         """The averages of the epoch, of each member: ``train_loss``, ``train_top1`` and the rest by their own names."""
@@ -348,8 +378,8 @@ class Run:
 
         The state is donated. The one returned has entered evaluation: the counters of some mechanisms begin anew.
         """
-        state = self._enter_evaluation(state)
-        variables, sums = self.members(state.variables), None
+        state = self._compiled.enter_evaluation(state)
+        variables, sums = self._variables(state), None
         for batch in self.eval_feed.evaluation():
             parts = [self._eval_step(member, batch) for member in variables]
             sums = parts if sums is None else self._add(sums, parts)
@@ -361,11 +391,13 @@ class Run:
 
         Nothing where the model has no mechanism.
         """
-        if not set(collections()) & state.variables.keys():
+        kept = set(collections()) & state.variables.keys()
+        if not kept:
             return []
-        before, after = (self.members(given.variables)[0] for given in (self.init(), state))
+        before, after = (self._variables(given)[0] for given in (self.init(), state))
         records = self._record(after, next(iter(self.eval_feed.evaluation())))
-        return diagnose(*jax.device_get((before, after, records)))
+        memories = self._gather([{name: given[name] for name in kept} for given in (before, after)])
+        return diagnose(*jax.device_get((*memories, records)))
 
 
 def _all_devices() -> list[jax.Device]:

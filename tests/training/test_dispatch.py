@@ -37,7 +37,7 @@ def test_several_steps_a_call_are_the_same_bits(tmp_path, seeds):
     four.steps = lambda state, number, count: calls.append((number, count)) or inner(state, number, count)
     again, same_steps, same_state = trained(four, tmp_path / "four")
     assert calls == [(0, 4), (4, 2), (6, 4), (10, 2)]  # an epoch ends after step 6
-    assert four._several_steps._cache_size() == 1
+    assert four._compiled.several_steps._cache_size() == 1
     assert again == records and same_steps == steps == [6, 12]
     chex.assert_trees_all_equal(same_state, state)
     assert jax.device_get(state.backward_memory["blocks"])  # what could go wrong is there

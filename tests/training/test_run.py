@@ -46,9 +46,9 @@ def test_groups_of_one_size_share_what_is_compiled():
     first, second = run.with_seeds((0, 1)), run.with_seeds((2, 3))
     for group in (first, second):
         group.step(group.init(), 0)
-    assert first._step is second._step and first._step._cache_size() == 1
+    assert first._compiled is second._compiled and first._compiled.step._cache_size() == 1
     run.step(run.init(), 0)
-    assert run._step._cache_size() == 2
+    assert run._compiled.step._cache_size() == 1
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["scanned first", "unrolled first"])
