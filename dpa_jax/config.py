@@ -261,10 +261,23 @@ def _keys() -> dict[str, Any]:
                 3, "How many of the latest checkpoints are kept, beside the best.", _count(1), changes_figures=False
             ),
             "every_steps": Key(
-                0, "Steps between checkpoints; 0: at the end of each epoch only.", _count(0), changes_figures=False
+                0, "Steps between checkpoints; 0: at the end of epochs only.", _count(0), changes_figures=False
+            ),
+            "every_epochs": Key(
+                1,
+                "Epochs between checkpoints; there is always one after the last epoch.",
+                _count(1),
+                changes_figures=False,
             ),
         },
         "eval_every_epochs": Key(1, "Epochs between evaluations; the last epoch is always followed by one.", _count(1)),
+        "steps_per_dispatch": Key(
+            0,
+            "Training steps in one call of the compiled program, at most, where the training examples are on the "
+            "device; 0: one on CPUs and where they are not, else 32.",
+            _count(0, 10_000),
+            changes_figures=False,
+        ),
         "log_every_seconds": Key(
             10.0,
             "Seconds between progress lines where the output is not a terminal.",

@@ -81,8 +81,14 @@ def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | os.PathLi
     _save(figure, path)
 
 
-def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], path: str | os.PathLike[str]) -> None:
-    """Draws a table: a line above and below, one under the head, and before each row the colour of its curve.
+def plot_table(
+    title: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    path: str | os.PathLike[str],
+    curves: bool = True,
+) -> None:
+    """Draws a table: a line above and below, one under the head, and before each row the colour of its curve, if any.
 
     The cells of the first column stand at the left, the others' at the right.
     """
@@ -105,7 +111,8 @@ def plot_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], p
     write(tops[1] - 0.13, head, color="#444444")
     for place, (row, top) in enumerate(zip(rows, tops[2:], strict=True)):
         write(top - 0.13, row, color=_TEXT_COLOUR)
-        axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=_COLOURS[place % len(_COLOURS)])
+        if curves:
+            axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=_COLOURS[place % len(_COLOURS)])
     for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
         axes.plot([-0.15, right[-1] + 0.05], [y, y], color=_RULE_COLOUR, linewidth=0.8)
     _save(figure, path)

@@ -336,18 +336,19 @@ def _damage(folder: pathlib.Path, only: str | None = None) -> str:
     return ""
 
 
-def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
+def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves of a pytree by their paths, as a checkpoint names them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
 def _to_dict(tree: Any) -> dict[str, Any]:
     # Nested dicts of names: what is on the disk then depends on no class of Flax, Optax or ours.
-    return traverse_util.unflatten_dict(_flat(tree))
+    return traverse_util.unflatten_dict(flatten(tree))
 
 
 def _require_shardings(abstract_state: Any) -> None:
-    for path, leaf in _flat(abstract_state).items():
+    for path, leaf in flatten(abstract_state).items():
         if getattr(leaf, "sharding", None) is None:
             raise ValueError(
                 f"abstract_state: {'/'.join(path)} needs a sharding; without one the arrays can't be put on "
@@ -356,7 +357,7 @@ def _require_shardings(abstract_state: Any) -> None:
 
 
 def _require_same_leaves(folder: pathlib.Path, saved: dict[tuple[str, ...], Any], abstract_state: Any) -> None:
-    wanted = _flat(abstract_state)
+    wanted = flatten(abstract_state)
     for path in [*wanted, *(path for path in saved if path not in wanted)]:
         there, here = _describe(saved.get(path)), _describe(wanted.get(path))
         if there != here:
@@ -393,5 +394,5 @@ def _read(folder: pathlib.Path, abstract_state: Any, step: int) -> Any:
         raise _UnreadableError(f"its arrays cannot be read ({type(error).__name__})") from error
     if (inside := arrays.get(("step",))) is not None and np.any(np.asarray(inside) != step):
         raise _UnreadableError(f"the state in it is that of step {np.max(np.asarray(inside))}")
-    leaves = [arrays[path] for path in _flat(abstract_state)]
+    leaves = [arrays[path] for path in flatten(abstract_state)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)

@@ -9,7 +9,7 @@ import os
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,12 +63,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> d
     return history[-1] if history else {}
 
 
-def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name: str = "") -> list[list[Figures]]:
+def train(
+    run: Run,
+    workdir: pathlib.Path,
+    folders: Sequence[pathlib.Path],
+    name: str = "",
+    until: Callable[[bool, bool], bool] | None = None,
+) -> list[list[Figures]]:
     """Trains a run from its last checkpoint, or from the start, to its end; closes it; returns each member's records.
 
     A checkpoint holds all members; it is in ``workdir``, and the best is that of the highest mean top-1. The record of
-    each member is in its own one of ``folders``. Lines of output begin with ``name``, if any. Raises what
-    `train_and_evaluate` raises.
+    each member is in its own one of ``folders``. Lines of output begin with ``name``, if any.
+
+    ``until`` is asked after every call of the compiled steps, and ends the training, when it is saved, by True. It is
+    told whether an evaluation follows at once, and whether one follows the next call. Raises what `train_and_evaluate`
+    raises.
     """
     config, total_steps = run.config, run.total_steps
     agree(facts_of(config, run.spec, "training"), workdir)
@@ -123,31 +132,45 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
             progress.write(line)
         if start < total_steps:
             progress.begin(epoch, start, run.steps_at(epoch))
-        unseen: list[tuple[int, dict[str, jax.Array]]] = []
+        unseen: list[tuple[int, int, dict[str, jax.Array]]] = []
 
-        for step in range(start + 1, total_steps + 1):
-            # ---------------- One step ----------------
+        step, per_dispatch, every_steps = start, run.steps_per_dispatch, config.checkpoint.every_steps or total_steps
+
+        def steps_ahead(step: int, epoch: int) -> int:
+            return min(per_dispatch, run.steps_at(epoch) - step, every_steps - step % every_steps)
+
+        def due(step: int, epoch: int, every: int) -> bool:
+            return step == run.steps_at(epoch) and (epoch % every == 0 or epoch == config.epochs)
+
+        while step < total_steps:
+            # ---------------- One step, or several in one call ----------------
+            count = steps_ahead(step, epoch)
             with jax.transfer_guard("disallow"):
-                state, metrics = run.step(state, step - 1)
-            stop = preemption.requested(step)
-            epoch_ends = step == run.steps_at(epoch)
-            every_steps = config.checkpoint.every_steps
-            save = stop or epoch_ends or (every_steps > 0 and step % every_steps == 0)
+                state, metrics = run.steps(state, step, count)
+            step += count
+            told = any(preemption.requested(done) for done in range(step - count + 1, step + 1))
+            epoch_ends, evaluates = step == run.steps_at(epoch), due(step, epoch, config.eval_every_epochs)
+            following = epoch + epoch_ends
+            stop = told
+            if until is not None and step < total_steps:
+                next_step = step + steps_ahead(step, following)
+                stop |= until(evaluates, due(next_step, following, config.eval_every_epochs))
+            save = stop or due(step, epoch, config.checkpoint.every_epochs) or step % every_steps == 0
 
             # ---------------- See how it went ----------------
-            # One step behind, so that the devices are never waited for; before a save nothing stays unseen.
-            unseen.append((step, metrics))
-            while len(unseen) > (0 if save else 1):
-                seen, arrays = unseen.pop(0)
-                members = jax.device_get(run.members(arrays))
-                check_finite(members, seen)
-                progress.update(seen, _means(members))
+            # One call behind, so that the devices are never waited for; before a save nothing stays unseen.
+            unseen.append((step, count, metrics))
+            while len(unseen) > (0 if save or epoch_ends else 1):
+                last, several, arrays = unseen.pop(0)
+                for done, members in enumerate(run.seen(arrays, several), start=last - several + 1):
+                    check_finite(members, done)
+                progress.update(last, _means(members))
 
             # ---------------- Evaluate and record ----------------
             evaluations: list[Figures] = [{} for _ in folders]
             if epoch_ends:
                 wrong = run.diagnose(state) if epoch == 1 else []  # before the evaluation, which resets counters
-                if epoch % config.eval_every_epochs == 0 or epoch == config.epochs:
+                if evaluates:
                     state, evaluated = run.evaluate(state)
                     evaluations = [{f"eval_{k}": v for k, v in figures.items()} for figures in evaluated]
                     check_finite(evaluations, step)  # the last update is seen here for the first time
@@ -178,9 +201,11 @@ def train(run: Run, workdir: pathlib.Path, folders: Sequence[pathlib.Path], name
                 checkpoints.save(step, state, _means(evaluations))
             if stop and step < total_steps:
                 checkpoints.wait()
-                told = preemption.signal
-                progress.write(f"{told.name}: saved step {step} of {total_steps}; start again{place} to continue")
-                raise Preempted(128 + told)
+                why = preemption.signal.name if told else "time is up"
+                progress.write(f"{why}: saved step {step} of {total_steps}; start again{place} to continue")
+                if told:
+                    raise Preempted(128 + preemption.signal)
+                break
             if epoch_ends and step < total_steps:
                 epoch += 1
                 progress.begin(epoch, step, run.steps_at(epoch))

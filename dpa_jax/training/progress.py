@@ -42,8 +42,8 @@ class Progress:
         """Begins an epoch, or what is left of it: after ``first_step`` steps of the run, up to ``last_step``."""
         self._label = f"epoch {epoch}/{self._epochs}"
         self._step, self._last = first_step, last_step
-        # Speed is measured from here, and from the end of the first step on: that may wait for the compiler.
-        self._since, self._measured = (first_step, time.monotonic()), False
+        # Speed is measured from here, or from the first update on where that waits for the compiler.
+        self._since, self._measured = (first_step, time.monotonic()), self._compiled
         self._shown = self._since[1]
         waits = "" if self._compiled else "compiling the training step"
         if not self._silent and self._stream is not None and self._stream.isatty():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import diagnose, reset_counters
@@ -19,6 +20,7 @@ from dpa_jax.checks import INT32, check_memory, check_range
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
+from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.sources import open_source
 from dpa_jax.models.torch import Weights, match
 from dpa_jax.training import sharding
@@ -27,6 +29,8 @@ from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
 
 Figures = dict[str, float]
+
+_STEPS_PER_DISPATCH = 32  # on accelerators, where the examples wait there
 
 
 def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None, seeds: Sequence[int] | None = None) -> Run:
@@ -51,6 +55,7 @@ class _Compiled(NamedTuple):
     shardings: TrainState
     init: jax.stages.Wrapped
     step: jax.stages.Wrapped
+    several_steps: jax.stages.Wrapped
     clear_metrics: jax.stages.Wrapped
     enter_evaluation: jax.stages.Wrapped
 
@@ -151,6 +156,29 @@ class Run:
                 return one_step(state, batches[0])
             return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
+        # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple. A
+        # batch is taken, and metrics are put down, in the turn before and after their step: fused with it they would
+        # change its rounding.
+        def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array):
+            def take(number: jax.typing.ArrayLike) -> list[Batch]:
+                return [self._resident[0].take(waiting, order, number) for order in orders]
+
+            def put(seen: Any, number: jax.typing.ArrayLike, metrics: Any) -> Any:
+                return jax.tree.map(lambda all_steps, one: all_steps.at[number].set(one), seen, metrics)
+
+            def body(number: jax.Array, carry):
+                state, batches, metrics, seen = carry
+                seen = put(seen, number, metrics)
+                state, metrics = step(state, batches)
+                return state, take(number + 1), metrics, seen
+
+            batches, length = take(0), orders[0].labels.shape[0]
+            _, abstract = jax.eval_shape(step, state, batches)
+            metrics = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), abstract)
+            seen = jax.tree.map(lambda one: jnp.zeros((length + 1, *one.shape), one.dtype), metrics)
+            state, _, metrics, seen = jax.lax.fori_loop(0, count, body, (state, batches, metrics, seen))
+            return state, jax.tree.map(lambda all_steps: all_steps[1:], put(seen, count, metrics))
+
         def members(tree: Any) -> list[Any]:
             return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
 
@@ -167,6 +195,7 @@ class Run:
                 shardings=shardings,
                 init=jit(jax.vmap(create, in_axes=(0, None))) if leading else jit(create, static_argnums=0),
                 step=jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                several_steps=jit(several_steps, donate_argnums=0, out_shardings=(shardings, everywhere)),
                 clear_metrics=jit(clear_metrics, donate_argnums=0),
                 enter_evaluation=jit(enter_evaluation, donate_argnums=0),
             )
@@ -294,6 +323,43 @@ class Run:
         The state is the one after ``number`` steps, and is donated. The number says which examples the step sees.
         """
         return self._compiled.step(state, [feed.train(number) for feed in self.feeds])
+
+    @property
+    def _resident(self) -> list[MemoryFeed]:
+        """The members' feeds, where the inputs of all examples are on the devices; else none."""
+        return [feed for feed in self.feeds if isinstance(feed, MemoryFeed) and feed.resident == "device"]
+
+    @property
+    def steps_per_dispatch(self) -> int:
+        """How many steps, at most, one call of `steps` is given."""
+        here = bool(self._resident)
+        if (wanted := self.config.steps_per_dispatch) > 1 and not here:
+            raise ValueError(
+                f"config: steps_per_dispatch={wanted} needs the training examples on the devices; they do not fit "
+                "there, or data.resident says otherwise. Take 1, or 0 for what fits"
+            )
+        return wanted or (_STEPS_PER_DISPATCH if here and self.devices[0].platform != "cpu" else 1)
+
+    def steps(self, state: TrainState, number: int, count: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        """As `step`, for ``count`` steps in one call, at most `steps_per_dispatch`.
+
+        Each metric has an axis of the steps in front, as long as `steps_per_dispatch` where that is not 1; `seen` gives
+        them back.
+        """
+        if (length := self.steps_per_dispatch) == 1:
+            return self.step(state, number)
+        feeds = self._resident
+        orders = [feed.order(number, count, length) for feed in feeds]
+        with jax.transfer_guard_host_to_device("allow"):  # the count's, which is meant
+            return self._compiled.several_steps(state, feeds[0].waiting, orders, np.int32(count))
+
+    def seen(self, metrics: dict[str, jax.Array], count: int) -> list[list[Figures]]:
+        """The metrics of ``count`` steps, which `steps` gave: of each step, of each member. Waits for the devices."""
+        arrays = {name: np.reshape(array, (-1, len(self.seeds))) for name, array in jax.device_get(metrics).items()}
+        return [
+            [{name: array[step, member].item() for name, array in arrays.items()} for member in range(len(self.seeds))]
+            for step in range(count)
+        ]
 
     # ---------------- Figures ----------------
 
