@@ -22,11 +22,11 @@ Dense = functools.partial(nn.Dense, kernel_init=normal_init)
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
-class ImageModel(nn.Module):
-    """Base class of models that classify images: their common attributes and the check of their inputs.
+class Model(nn.Module):
+    """Base class of models that classify: the attributes that all have, and their checks.
 
-    They are called with normalised images [B, H, W, C], labels [B] for mechanisms (-1 leaves a sample out, None is
-    inference) and ``train``, and return logits [B, K] float32.
+    They are called as ``model(inputs, labels, train)``, with labels for mechanisms (-1 leaves a sample out, None is
+    inference), and return logits [..., K] float32. ``example_inputs`` are the shapes and dtypes of their inputs.
 
     Attributes:
         num_classes: K, the width of the logits.
@@ -35,14 +35,11 @@ class ImageModel(nn.Module):
         activation_places: where ``activation`` is put: ``"all"``, ``"last"`` (the last block of a CNN, as DPA's
             authors have it), or patterns of the activations' paths between commas, as `fnmatch` has them. A path is
             that of the variables, such as ``stage3_block1/activation2``.
-        image_size: height and width of the images, in pixels.
-        in_channels: channels of the images.
-        arr: whether an `ARR` follows every block or stage (DNRT).
+        arr: whether an `ARR` follows every block, layer or stage (DNRT).
         dtype: compute dtype; parameters, statistics and logits are float32.
 
     Raises:
-        ValueError: for a size that is no whole number from 1, for images of another shape, and for places that the
-            model does not have.
+        ValueError: for a size that is no whole number from 1, and for places that the model does not have.
         TypeError: for an activation that makes no modules.
     """
 
@@ -50,15 +47,12 @@ class ImageModel(nn.Module):
     activation: Callable[..., nn.Module] | None = None
     native: Callable[..., nn.Module] = make_activation("relu")
     activation_places: str = "all"
-    image_size: int = 32
-    in_channels: int = 3
     arr: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         owner = type(self).__name__
         check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
-        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
         check_makes_modules(owner, "native", self.native)
         if self.activation is not None:
             check_makes_modules(owner, "activation", self.activation)
@@ -82,6 +76,26 @@ class ImageModel(nn.Module):
         given = {"all": ("*",), "last": self.last_places}.get(self.activation_places)
         patterns = given or tuple(place.strip() for place in self.activation_places.split(","))
         return Placement(self.native, self.activation, patterns, self.path)
+
+
+class ImageModel(Model):
+    """Base class of models that classify images, normalised images [B, H, W, C], one label a sample.
+
+    Attributes (besides those of `Model`):
+        image_size: height and width of the images, in pixels.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: as `Model`, and for images of another shape.
+    """
+
+    image_size: int = 32
+    in_channels: int = 3
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
+        super().__post_init__()
 
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:
