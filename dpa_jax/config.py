@@ -144,7 +144,10 @@ def _keys() -> dict[str, Any]:
             "name": Key("adamw", f"One of {', '.join(OPTIMIZERS)}.", _one_of(*OPTIMIZERS)),
             "learning_rate": Key(1e-3, "The highest rate; the schedule leads to it and down from it.", _positive),
             "weight_decay": Key(
-                0.05, "On every parameter: decoupled for adamw, added to the gradient for the others.", _range(0.0)
+                0.05, "On optimizer.decayed: decoupled for adamw, added to the gradient for the others.", _range(0.0)
+            ),
+            "decayed": Key(
+                "*", "Which parameters have weight decay: patterns of their paths between commas, such as head/*."
             ),
             "beta1": Key(0.9, "adamw, adam: decay of the running mean of gradients.", _decay),
             "beta2": Key(0.999, "adamw, adam, rmsprop: decay of the running mean of squared gradients.", _decay),
@@ -252,10 +255,26 @@ def _keys() -> dict[str, Any]:
             "keep": Key(
                 3, "How many of the latest checkpoints are kept, beside the best.", _count(1), changes_figures=False
             ),
+            "best": Key(
+                "top1",
+                "The figure that the best checkpoint has the highest of, such as top1 or auc: on the validation split "
+                "where there is one, else on the evaluation split.",
+                _one_of("top1", "top5", "recall", "precision", "f1", "auc"),
+                changes_figures=False,
+            ),
+            "every_epochs": Key(
+                1, "Epochs between checkpoints; there is one after the last.", _count(1), changes_figures=False
+            ),
             "every_steps": Key(
-                0, "Steps between checkpoints; 0: at the end of each epoch only.", _count(0), changes_figures=False
+                0, "Steps between checkpoints; 0: at the end of epochs only.", _count(0), changes_figures=False
             ),
         },
+        "early_stopping": Key(
+            0,
+            "Stop when, after more than so many epochs, the loss on the validation split is above the mean of so many "
+            "epochs before it; 0: never.",
+            _count(0),
+        ),
         "eval_every_epochs": Key(1, "Epochs between evaluations; the last epoch is always followed by one.", _count(1)),
         "log_every_seconds": Key(
             10.0,

@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 from dpa_jax.compare.entries import Entry
 from dpa_jax.compare.report import FILES, Histories, write_report
 from dpa_jax.config import MAX_SEED
-from dpa_jax.plots import History
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged
 from dpa_jax.training.folder import check_kinds, locked
 from dpa_jax.training.loop import train
-from dpa_jax.training.record import read_history
+from dpa_jax.training.record import finished, read_history
 from dpa_jax.training.run import Run, build
 
 # What a device must keep free beside the training step: the evaluation's buffers, and the allocator's gaps.
@@ -70,7 +69,7 @@ def compare(
                 check_kinds(folder := folders[entry.name] / f"seed-{seed}")
                 if history := read_history(folder):
                     notes = check_unchanged(entry.configure(config, seed), folder)
-                    if jax.process_index() == 0 and _finished(history, config):  # the others' are told when they go on
+                    if jax.process_index() == 0 and finished(history, config):  # the others' are told when they go on
                         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
 
         histories: Histories = {}
@@ -82,14 +81,10 @@ def compare(
         return histories
 
 
-def _finished(history: History, config: ConfigDict) -> bool:
-    return bool(history) and history[-1].get("epoch", 0) >= config.epochs
-
-
 def _whole(folder: pathlib.Path, config: ConfigDict) -> list[dict[str, Any]]:
     """The records of a finished run; ValueError where what the report needs is not in them."""
     history = read_history(folder)
-    lacking = [] if _finished(history, config) else [f"the record of epoch {config.epochs}"]
+    lacking = [] if finished(history, config) else ["the record of the last epoch"]
     for key in ("epoch", "seconds"):
         lacking += [f"{key} at step {record['step']}" for record in history if record.get(key) is None]
     lacking += [] if lacking or history[-1].get("eval_top1") is not None else ["eval_top1 in its last record"]
@@ -105,7 +100,7 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
     """Trains those of the seeds that are not finished: the groups under way first, then new ones."""
 
     def unfinished(some: Iterable[int]) -> list[int]:
-        return [seed for seed in some if not _finished(read_history(folder / f"seed-{seed}"), config)]
+        return [seed for seed in some if not finished(read_history(folder / f"seed-{seed}"), config)]
 
     def under_way(group: range) -> bool:
         if unfinished(group):

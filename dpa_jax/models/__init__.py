@@ -10,6 +10,8 @@ from dpa_jax.checks import INT32, add_factory, check_choice, check_options, chec
 from dpa_jax.models.alexnet import AlexNet
 from dpa_jax.models.cait import CaiT
 from dpa_jax.models.deit import DeiT
+from dpa_jax.models.gcn import GCN
+from dpa_jax.models.graphsage import GraphSAGE
 from dpa_jax.models.mobilenet_v1 import MobileNetV1
 from dpa_jax.models.mobilenet_v2 import MobileNetV2
 from dpa_jax.models.pvt import PVT
@@ -31,6 +33,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "deit": DeiT,
     "deit_tiny_patch4_32": functools.partial(DeiT, image_size=32, patch_size=4),
     "deit_tiny_patch16_224": functools.partial(DeiT, image_size=224, patch_size=16),
+    "gcn": GCN,
+    "graphsage": GraphSAGE,
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v1_224": functools.partial(MobileNetV1, **_LARGE),
     "mobilenet_v2": MobileNetV2,
@@ -44,6 +48,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18_224": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), **_LARGE),
     "shufflenet_v2": ShuffleNetV2,
     "shufflenet_v2_224": functools.partial(ShuffleNetV2, **_LARGE),
+    "textgcn": functools.partial(GCN, hidden=200),
     "tnt": TNT,
     "tnt_small_patch4_32": functools.partial(TNT, image_size=32, patch_size=4, first_stride=1),
     "tnt_small_patch16_224": functools.partial(TNT, image_size=224, patch_size=16, first_stride=4),

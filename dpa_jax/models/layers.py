@@ -183,13 +183,14 @@ class Placement:
         pool: str,
         name: str = "activation",
         rows_per_sample: int = 1,
+        samples: jax.Array | None = None,
     ) -> jax.Array:
         """Calls the activation ``name`` of a module; a mechanism is told how this place pools, as `activate` has it."""
         path = "/".join((*module.path[len(self.root) :], name))
         fits = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
         self.places[path] = fits
         factory = self.chosen if fits and self.chosen is not None else self.native
-        return activate(factory(name=name), x, labels, train, pool, rows_per_sample)
+        return activate(factory(name=name), x, labels, train, pool, rows_per_sample, samples)
 
     def check(self, owner: str) -> None:
         """Raises ValueError if the chosen activation is nowhere; to be called when all modules have been."""
@@ -201,13 +202,20 @@ class Placement:
 
 
 def activate(
-    module: nn.Module, x: jax.Array, labels: jax.Array | None, train: bool, pool: str, rows_per_sample: int = 1
+    module: nn.Module,
+    x: jax.Array,
+    labels: jax.Array | None,
+    train: bool,
+    pool: str,
+    rows_per_sample: int = 1,
+    samples: jax.Array | None = None,
 ) -> jax.Array:
     """Calls an activation; a mechanism is told how this place pools, unless its own ``pool`` is set."""
     if not isinstance(module, Mechanism):
         return module(x, labels, train)
     own = getattr(module, "pool", None)
-    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
+    how = pool if own is None else None
+    return module(x, labels, train, pool=how, rows_per_sample=rows_per_sample, samples=samples)
 
 
 class Dropout(nn.Dropout):
