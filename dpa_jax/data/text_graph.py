@@ -17,11 +17,11 @@ def text_graph(documents: Sequence[str], num_train: int) -> tuple[Graph, list[st
     """The graph of documents and their words, which have no features, and the vocabulary, sorted.
 
     The nodes are the first ``num_train`` documents, the words, and the other documents. A document and a word in it are
-    joined with the weight TF-IDF, the count in the document times ln(documents / documents with the word). Two words are
-    joined with their pointwise mutual information, where that is more than 0:
-    ln(#(i, j) #W / (#W(i) #W(j))). #W are all windows of `WINDOW` words, which slide by one word over each document;
-    #W(i) those with word i; #(i, j) the pairs of positions of i and j within windows, so that a word that comes twice
-    counts twice, as in the authors' program.
+    joined with the weight TF-IDF, the count in the document times ln(documents / documents with the word). Two words
+    are joined with their pointwise mutual information ln(#(i, j) #W / (#W(i) #W(j))), where that is more than 0. #W
+    are all windows of `WINDOW` words, which slide by one word over each document; #W(i) those with word i; #(i, j) the
+    pairs of positions of i and j within windows, so that a word that comes twice counts twice, as in the authors'
+    program.
 
     Raises:
         ValueError: for a document without words.
@@ -70,9 +70,8 @@ def _pmi(
     windows_with = np.bincount(words[order], new, minlength=size)
 
     shared = scipy.sparse.csr_matrix((size, size))
-    for distance in range(1, WINDOW):
-        left = np.flatnonzero(document[:-distance] == document[distance:]) if distance < len(words) else []
-        left = np.asarray(left, np.int64)
+    for distance in range(1, min(WINDOW, len(words))):
+        left = np.flatnonzero(document[:-distance] == document[distance:])
         left = left[words[left] != words[left + distance]]
         low, high = np.sort([words[left], words[left + distance]], axis=0)
         count = ends[left] - starts[left + distance] + 1.0

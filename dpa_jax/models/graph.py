@@ -208,7 +208,7 @@ class GraphModel(Model):
             raise ValueError(f"{owner}: takes the graph that dpa_jax.data.graph makes; got a {type(graph).__name__}")
         if self.in_features not in (0, found := graph.features.shape[1]):
             raise ValueError(f"{owner}: in_features is {self.in_features}; the graph's nodes have {found} features")
-        if not found and self.num_nodes > graph.num_nodes:
+        if not (found or self.is_initializing()) and self.num_nodes > graph.num_nodes:
             raise ValueError(f"{owner}: num_nodes is {self.num_nodes}; the graph has {graph.num_nodes}")
         return graph
 
@@ -226,8 +226,10 @@ class GraphModel(Model):
         nodes = self.num_nodes or graph.num_nodes
         size = nodes if x is None else x.shape[1]
         weight = self.param(name, nn.initializers.glorot_uniform(), (size, features)).astype(self.dtype)
-        if x is None:  # nodes that were added so that all devices have equally many have no features
-            weight = jnp.pad(weight, ((0, graph.num_nodes - nodes), (0, 0)))
+        if x is None:
+            weight = weight[: graph.num_nodes]  # the graph of `example_inputs` has one
+            # Nodes that were added so that all devices have equally many are no features.
+            weight = jnp.pad(weight, ((0, graph.num_nodes - len(weight)), (0, 0)))
         return weight
 
     def activate(self, x: jax.Array, labels: jax.Array | None, train: bool, placement: Any) -> jax.Array:

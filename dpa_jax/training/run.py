@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -163,7 +164,13 @@ class Run:
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
         self._init, self._init_several = jit(create, static_argnums=0), jit(jax.vmap(create, in_axes=(0, None)))
         self._step = jit(step, donate_argnums=0)
-        self._eval_step = jit(make_eval_step(model, transforms.evaluate, self.spec.auc))
+        eval_step = make_eval_step(model, transforms.evaluate, self.spec.auc)
+        # Of splits that share their inputs the compiler runs the model once.
+        self._eval_step = jit(
+            lambda variables, inputs, batches: {
+                split: eval_step(variables, batch._replace(inputs=inputs)) for split, batch in batches.items()
+            }
+        )
         self._record = jit(
             lambda variables, batch: model.apply(
                 variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]
@@ -298,21 +305,32 @@ class Run:
         """
         state = self._enter_evaluation(state)
         variables = self.members(state.variables)
-        figures: list[Figures] = [{} for _ in variables]
-        for split, feed in self.eval_feeds.items():
-            sums: Any = None
-            scores: list[list] = [[] for _ in variables]
-            for batch in feed.evaluation():
-                parts, seen = zip(*(self._eval_step(member, batch) for member in variables), strict=True)
-                sums = parts if sums is None else self._add(sums, parts)
-                for member, of_batch in zip(scores, jax.device_get(seen), strict=True):
-                    member += of_batch
-            for own, evaluation, of_member in zip(figures, jax.device_get(sums), scores, strict=True):
+        figures: list[Figures] = []
+        for member in variables:
+            sums: dict[str, Any] = {}
+            scores: dict[str, list] = defaultdict(list)
+            for inputs, batches in self._evaluation_batches():
+                for split, (part, seen) in self._eval_step(member, inputs, batches).items():
+                    sums[split] = self._add(sums[split], part) if split in sums else part
+                    scores[split] += jax.device_get(seen)
+            figures.append({})
+            for split, evaluation in jax.device_get(sums).items():
                 computed = evaluation.compute(self.config.coefficients)
-                if of_member and not math.isnan(area := auc_of_logits(of_member)):
+                if scores[split] and not math.isnan(area := auc_of_logits(scores[split])):
                     computed["auc"] = area
-                own |= {f"{split}_{name}": float(value) for name, value in computed.items()}
+                figures[-1] |= {f"{split}_{name}": float(value) for name, value in computed.items()}
         return state, figures
+
+    def _evaluation_batches(self) -> Iterator[tuple[Any, dict[str, Batch]]]:
+        """Inputs, and the batches of splits that have these: without their inputs, by the splits' names."""
+        batches = {split: feed.evaluation() for split, feed in self.eval_feeds.items()}
+        if self.spec.whole:
+            of_splits = {split: next(some) for split, some in batches.items()}
+            yield of_splits["eval"].inputs, {split: b._replace(inputs=None) for split, b in of_splits.items()}
+            return
+        for split, some in batches.items():
+            for batch in some:
+                yield batch.inputs, {split: batch._replace(inputs=None)}
 
     def diagnose(self, state: TrainState) -> list[str]:
         """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one evaluation batch.

@@ -32,6 +32,8 @@ class WholeFeed(BaseFeed):
             raise ValueError(f"config: {key} must be 1, for data {source.spec.name!r} is one graph; got {batch_size}")
         super().__init__(source, mesh, mesh.size, config, split)
         self.batch_size = 1
+        # Once for the feeds of all splits.
+        self._graph = source.__dict__.setdefault("placed", functools.cache(self._put_graph))
         self._batch = functools.cache(self._put)
 
     @functools.cached_property
@@ -60,12 +62,16 @@ class WholeFeed(BaseFeed):
         """The one batch."""
         yield self._batch()
 
+    def _put_graph(self) -> Graph:
+        return self._on_devices(padded(self._open().inputs, self.mesh.size))
+
     def _put(self) -> Batch:
-        split, devices = self._open(), self.mesh.size
-        labels = _more_rows(split.labels, devices, -1)
+        labels = _more_rows(self._open().labels, self.mesh.size, -1)
         index = np.arange(len(labels), dtype=np.int32)
-        arrays: Any = (padded(split.inputs, devices), labels, index, np.zeros_like(index))
-        return jax.tree.map(lambda leaf: put(leaf.shape, self._sharded, lambda at: leaf[at]), Batch(*arrays))
+        return Batch(self._graph(), *self._on_devices((labels, index, np.zeros_like(index))))
+
+    def _on_devices(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda leaf: put(leaf.shape, self._sharded, lambda at: leaf[at]), arrays)
 
 
 def padded(graph: Graph, devices: int) -> Graph:

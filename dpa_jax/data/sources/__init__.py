@@ -46,6 +46,10 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "dgraph": _importing("npz_graph", "open_dgraph"),
     "npz:PATH": _importing("npz_graph", "open_npz"),
     "digits_graph": _importing("digits_graph", "open_digits_graph"),
+    "r8_graph": _importing("text_graph", "open_text_graph"),
+    "mr_graph": _importing("text_graph", "open_text_graph"),
+    "20news_graph": _importing("text_graph", "open_text_graph"),
+    "text_graph:PATH": _importing("text_graph", "open_text_graph"),
     "synthetic": open_synthetic,
     "fake_data": open_synthetic,
 }
