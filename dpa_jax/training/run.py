@@ -305,20 +305,20 @@ class Run:
         """
         state = self._enter_evaluation(state)
         variables = self.members(state.variables)
-        figures: list[Figures] = []
-        for member in variables:
-            sums: dict[str, Any] = {}
-            scores: dict[str, list] = defaultdict(list)
-            for inputs, batches in self._evaluation_batches():
-                for split, (part, seen) in self._eval_step(member, inputs, batches).items():
-                    sums[split] = self._add(sums[split], part) if split in sums else part
-                    scores[split] += jax.device_get(seen)
-            figures.append({})
-            for split, evaluation in jax.device_get(sums).items():
+        sums: list[dict[str, Any]] = [{} for _ in variables]
+        scores: list[dict[str, list]] = [defaultdict(list) for _ in variables]
+        for inputs, batches in self._evaluation_batches():
+            for of_member, own, own_scores in zip(variables, sums, scores, strict=True):
+                for split, (part, seen) in self._eval_step(of_member, inputs, batches).items():
+                    own[split] = self._add(own[split], part) if split in own else part
+                    own_scores[split] += jax.device_get(seen)
+        figures: list[Figures] = [{} for _ in variables]
+        for member, own, own_scores in zip(figures, jax.device_get(sums), scores, strict=True):
+            for split, evaluation in own.items():
                 computed = evaluation.compute(self.config.coefficients)
-                if scores[split] and not math.isnan(area := auc_of_logits(scores[split])):
+                if own_scores[split] and not math.isnan(area := auc_of_logits(own_scores[split])):
                     computed["auc"] = area
-                figures[-1] |= {f"{split}_{name}": float(value) for name, value in computed.items()}
+                member |= {f"{split}_{name}": float(value) for name, value in computed.items()}
         return state, figures
 
     def _evaluation_batches(self) -> Iterator[tuple[Any, dict[str, Batch]]]:
