@@ -19,6 +19,7 @@ from dpa_jax.data.sources.long_tail import long_tailed
 from dpa_jax.data.sources.parquet import open_parquet
 from dpa_jax.data.sources.synthetic import open_synthetic
 from dpa_jax.data.sources.tfds import open_tfds
+from dpa_jax.data.sources.tokens import open_tokens
 
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": open_digits,
@@ -29,6 +30,10 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "folder": open_folder,
     "parquet": open_parquet,
     "tfds:NAME": open_tfds,
+    "r8": open_tokens,
+    "mr": open_tokens,
+    "20news": open_tokens,
+    "text:NAME": open_tokens,
     "synthetic": open_synthetic,
     "fake_data": open_synthetic,
 }
