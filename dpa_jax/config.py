@@ -79,7 +79,7 @@ _jitter = _must(
 )
 
 
-_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+_path = _must("a path", str.isprintable)
 
 
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
@@ -117,8 +117,9 @@ def _keys() -> dict[str, Any]:
         ),
         "init_from": Key(
             "",
-            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with; empty: none.",
-            _file,
+            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with, or a Hugging "
+            "Face folder; empty: none.",
+            _path,
         ),
         "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
         "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
@@ -176,7 +177,7 @@ def _keys() -> dict[str, Any]:
             "name": Key(
                 "digits",
                 "The data set: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet, synthetic, or "
-                "tfds:NAME for a set that TFDS has prepared.",
+                "tfds:NAME for a set that TFDS has prepared; of texts r8, mr, 20news, or text:PATH for your own.",
             ),
             "dir": Key("", "The folder to look in; empty: the usual places.", changes_figures=False),
             "download": Key(False, "Fetch what is missing.", changes_figures=False),
@@ -190,6 +191,12 @@ def _keys() -> dict[str, Any]:
                 "Where the images are kept: on the device, in the host's memory, or (auto) wherever they fit. Images "
                 "in files are cut with other draws on the device than on the host.",
                 _one_of("auto", "device", "host"),
+            ),
+            "max_length": Key(128, "Texts: the tokens of an example; longer texts are cut.", _count(3, MAX_SIZE)),
+            "vocab": Key(
+                "",
+                "Texts: the vocab.txt of the tokens, or a Hugging Face folder with one; empty: the words that occur "
+                "twice in the training documents.",
             ),
             "mean": Key((), "Per channel, of images scaled to [0, 1]; empty: the source's own.", _means),
             "std": Key((), "The standard deviation, likewise.", _deviations),

@@ -129,5 +129,14 @@ class Spec:
         )
 
     def transforms(self, config: ConfigDict, train_feed: BaseFeed, eval_feed: BaseFeed) -> Transforms:
-        """What the training and the evaluation step of a run do to a batch that its feed gives."""
+        """What the training and the evaluation step of a run do to a batch that its feed gives: here nothing.
+
+        Raises:
+          ValueError: the configuration asks for an augmentation, which is for images.
+        """
+        from dpa_jax.config import default_config  # not above: it imports JAX
+
+        for key, value in default_config().augment.items():
+            if config.augment[key] != value:
+                raise ValueError(f"config: augment.{key} is for images, which data {self.name!r} has not; leave it out")
         return Transforms(train=lambda _, batch: batch.inputs, evaluate=lambda batch: batch.inputs)

@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
 from dpa_jax.models.alexnet import AlexNet
+from dpa_jax.models.bert import Bert
 from dpa_jax.models.cait import CaiT
 from dpa_jax.models.deit import DeiT
 from dpa_jax.models.gcn import GCN
@@ -23,10 +24,13 @@ from dpa_jax.models.vgg import VGG
 from dpa_jax.models.vit import ViT
 
 _LARGE: dict[str, Any] = {"image_size": 224, "small_images": False}  # the published form of convolutional networks
+_BERT_BASE: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "alexnet_224": functools.partial(AlexNet, **_LARGE),
+    "bert": Bert,
+    "bert_base_uncased": functools.partial(Bert, intermediate_size=3072, **_BERT_BASE),
     "cait": CaiT,
     "cait_xxs24_patch4_32": functools.partial(CaiT, image_size=32, patch_size=4),
     "cait_xxs24_patch16_224": functools.partial(CaiT, image_size=224, patch_size=16),
@@ -95,5 +99,5 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "PVT", "VGG", "AlexNet", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet", "ShuffleNetV2"]
-__all__ += ["TNT", "ViT", "create", "register", "to_torch", "variables_from_torch"]
+__all__ = ["MODELS", "PVT", "VGG", "AlexNet", "Bert", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet"]
+__all__ += ["TNT", "ShuffleNetV2", "ViT", "create", "register", "to_torch", "variables_from_torch"]

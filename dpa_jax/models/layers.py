@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
@@ -227,6 +228,16 @@ class Dropout(nn.Dropout):
             return inputs
         drop, key = super().__call__, self.make_rng(self.rng_collection) if rng is None else rng
         return on_auto_axes(lambda x, key: drop(x, deterministic, key), inputs, key, specs=lambda _: spec(inputs))
+
+
+class Embed(nn.Embed):
+    """Flax's, on Explicit mesh axes too: a row is spread over the devices as its number is."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Integers [B, ...] -> rows [B, ..., features]; NaN where there is no such row."""
+        table = self.embedding.astype(self.dtype or self.embedding.dtype)
+        rows = functools.partial(jnp.take, axis=0)
+        return on_auto_axes(rows, table, inputs, specs=lambda _: PartitionSpec(*spec(inputs), None))
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:

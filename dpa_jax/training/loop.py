@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpa_jax.models.hugging_face import weights_file
 from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
@@ -254,7 +255,7 @@ def _weights_of(run: Run) -> list[str]:
     if not (path := run.config.init_from):
         return []
     summary = run.weights.summary
-    with open(path, "rb") as file:
+    with open(weights_file(pathlib.Path(path)), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     agree({"the digest of config.init_from": digest})
     return [f"{path} (SHA-256 {digest}): {summary}"]

@@ -20,6 +20,7 @@ from dpa_jax.data.sources.long_tail import long_tailed
 from dpa_jax.data.sources.parquet import open_parquet
 from dpa_jax.data.sources.synthetic import open_synthetic
 from dpa_jax.data.sources.tfds import open_tfds
+from dpa_jax.data.sources.tokens import open_tokens
 
 
 def _importing(module: str, name: str, *arguments: str) -> Callable[[ConfigDict], Source]:
@@ -50,6 +51,10 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "mr_graph": _importing("text_graph", "open_text_graph"),
     "20news_graph": _importing("text_graph", "open_text_graph"),
     "text_graph:PATH": _importing("text_graph", "open_text_graph"),
+    "r8": open_tokens,
+    "mr": open_tokens,
+    "20news": open_tokens,
+    "text:PATH": open_tokens,
     "synthetic": open_synthetic,
     "fake_data": open_synthetic,
 }
