@@ -177,7 +177,9 @@ def _keys() -> dict[str, Any]:
             "name": Key(
                 "digits",
                 "The data set: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet, synthetic, or "
-                "tfds:NAME for a set that TFDS has prepared; of texts r8, mr, 20news, or text:PATH for your own.",
+                "tfds:NAME for a set that TFDS has prepared; of texts r8, mr, 20news, or text:PATH for your "
+                "own; of graphs cora, citeseer, pubmed, dgraph, digits_graph, npz:PATH, and r8_graph, mr_graph, "
+                "20news_graph, text_graph:PATH of documents and their words.",
             ),
             "dir": Key("", "The folder to look in; empty: the usual places.", changes_figures=False),
             "download": Key(False, "Fetch what is missing.", changes_figures=False),

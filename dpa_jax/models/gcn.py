@@ -26,7 +26,7 @@ class GCN(GraphModel):
         for layer, width in enumerate((self.hidden, self.num_classes)):
             x = aggregated_product(normalised_sum, graph, x, self.weight(f"W{layer}", x, graph, width))
             if self.use_bias:
-                x += self.param(f"b{layer}", nn.initializers.zeros, (width,)).astype(self.dtype)
+                x += self.bias(f"b{layer}", width)
             if not layer:
                 x = self.activate(x, labels, train, placement)
         placement.check("GCN")

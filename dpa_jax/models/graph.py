@@ -232,6 +232,10 @@ class GraphModel(Model):
             weight = jnp.pad(weight, ((0, graph.num_nodes - len(weight)), (0, 0)))
         return weight
 
+    def bias(self, name: str, features: int) -> jax.Array:
+        """Parameters [features], 0 at the start, as a row."""
+        return self.param(name, nn.initializers.zeros, (features,)).astype(self.dtype)[None, :]
+
     def activate(self, x: jax.Array, labels: jax.Array | None, train: bool, placement: Any) -> jax.Array:
         """The hidden activation, an `ARR` behind it where the model has one, and dropout: [N, hidden]."""
         samples = None

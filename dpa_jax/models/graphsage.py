@@ -21,7 +21,7 @@ class GraphSAGE(GraphModel):
         for layer, width in enumerate((self.hidden, self.num_classes)):
             own, neighbours = (self.weight(f"W_{of}{layer}", x, graph, width) for of in ("self", "neigh"))
             x = product(x, own) + aggregated_product(neighbour_mean, graph, x, neighbours)
-            x += self.param(f"b{layer}", nn.initializers.zeros, (width,)).astype(self.dtype)
+            x += self.bias(f"b{layer}", width)
             if not layer:
                 x = self.activate(x, labels, train, placement)
         placement.check("GraphSAGE")
