@@ -6,12 +6,14 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from dpa_jax.training.folder import folder_of, in_bucket, writing
 
@@ -37,6 +39,8 @@ class Recorder:
         self._writes = jax.process_index() == 0
         if self._writes:
             self._take_over()
+        elif self._path.exists():
+            self.history += [line.record for line in _parse(self._path, self._path.read_bytes(), step) if line.record]
 
     def _take_over(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -110,7 +114,21 @@ def _tag(name: str) -> str:
     """The name of a figure in TensorBoard, which groups by what comes before the slash."""
     if name in ("epoch", "images_per_second", "seconds"):
         return f"run/{name}"
-    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name.removeprefix('train_')}"
+    split, _, figure = name.partition("_")
+    return f"{split}/{figure}" if split in ("eval", "valid") else f"train/{name.removeprefix('train_')}"
+
+
+def finished(history: Sequence[Mapping[str, Any]], config: ConfigDict) -> bool:
+    """Whether a run with these records has come to its end: its last epoch, or where ``config.early_stopping`` says.
+
+    That is Kipf's rule: after more epochs than the window and one, the loss on the validation split is above the mean
+    of the window before it.
+    """
+    epochs, window = [record for record in history if "epoch" in record], config.early_stopping
+    if not epochs or epochs[-1]["epoch"] >= config.epochs:
+        return bool(epochs)
+    losses = [record["valid_loss"] for record in epochs if record.get("valid_loss") is not None]
+    return 0 < window < len(losses) - 1 and losses[-1] > statistics.fmean(losses[-1 - window : -1])
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
