@@ -242,6 +242,9 @@ def test_a_folder_and_back(tmp_path, published):
     back = variables_from_torch(model, write(tmp_path / "bert", arrays), {})
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), back["params"], variables["params"])
     assert arrays["bert.encoder.layer.1.intermediate.dense.weight"].shape == (12, 8)
+    (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "bert" / "pytorch_model.bin")  # read by its content
+    again = variables_from_torch(model, tmp_path / "bert", {})
+    jax.tree.map(np.testing.assert_array_equal, again["params"], back["params"])
 
 
 def test_files_of_the_pretraining_have_other_heads_and_names(published):
