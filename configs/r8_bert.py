@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.model = "bert"  # 2 layers of width 128
     config.batch_size = 32
     config.eval_batch_size = 256
-    config.epochs = 10
-    config.optimizer.learning_rate = 5e-4
+    config.epochs = 5
+    config.optimizer.learning_rate = 1e-3
     config.schedule.warmup_epochs = 1
     config.data.name = "r8"
     config.data.max_length = 128

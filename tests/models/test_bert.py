@@ -151,6 +151,8 @@ def test_dropout_of_the_attention_leaves_padding_out():
     assert not np.allclose(a, b)
     other = {**inputs, "input_ids": np.where(inputs["attention_mask"], inputs["input_ids"], 7)}
     np.testing.assert_array_equal(apply(variables, other, rngs={"dropout": jax.random.key(0)}), a)
+    nothing = jax.tree.map(np.zeros_like, inputs)  # padding alone
+    assert np.isfinite(apply(variables, nothing, rngs={"dropout": jax.random.key(0)})).all()
 
 
 def test_mechanisms_are_in_every_layer_and_an_arr_is_behind_each():
