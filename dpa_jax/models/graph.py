@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dpa_jax.activations import ARR
+from dpa_jax.activations.sharding import SAMPLES, WHOLE, batch_axes, by_shards
 from dpa_jax.checks import INT32, check_range, check_sizes
 from dpa_jax.models.layers import Dropout, Model
 
@@ -104,7 +105,7 @@ def _product(num_rows: int, x: jax.Array, rows: jax.Array, columns: jax.Array, v
 
     @jax.custom_vjp
     def product(x, *entries):
-        return _add_up(jnp.zeros((num_rows, x.shape[1]), jnp.float32), x, *entries)
+        return _shared_product(num_rows, x, *entries)
 
     def forward(x, *entries):
         return product(x, *entries), entries
@@ -120,6 +121,20 @@ def _product(num_rows: int, x: jax.Array, rows: jax.Array, columns: jax.Array, v
 
     product.defvjp(forward, backward)
     return product(x, rows, columns, values).astype(x.dtype)
+
+
+def _shared_product(num_rows: int, x: jax.Array, *entries: jax.Array) -> jax.Array:
+    """The product in float32; of a graph that devices share each adds up its own entries, and gets its own rows."""
+
+    def own(axis_name: Any, x: jax.Array, *entries: jax.Array) -> jax.Array:
+        sums = _add_up(jnp.zeros((num_rows, x.shape[1]), jnp.float32), x, *entries)
+        if axis_name is None:
+            return sums
+        return jax.lax.psum_scatter(sums, axis_name, tiled=True) if scatters else jax.lax.psum(sums, axis_name)
+
+    scatters = bool(batch_axes(num_rows))
+    in_specs, out_specs = (WHOLE, SAMPLES, SAMPLES, SAMPLES), SAMPLES if scatters else WHOLE
+    return by_shards(own, x, *entries, axis_name=None, in_specs=in_specs, out_specs=out_specs)
 
 
 @jax.custom_batching.custom_vmap

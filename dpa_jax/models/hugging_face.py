@@ -44,6 +44,7 @@ def check_architecture(model: nn.Module, folder: pathlib.Path) -> None:
         raise ValueError(
             f"{folder / 'config.json'}: "
             + ", ".join(f"{key} is {told.get(key, 'missing')}, the model's {sizes[key]}" for key in other)
+            + "; give the model these sizes, and the data this folder's vocabulary"
         )
 
 

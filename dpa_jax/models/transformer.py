@@ -58,7 +58,8 @@ class Attention(nn.Module):
         elif self.shares_dropout and train:
             y = self._dropping(made["q"], made["k"], made["v"], mask)
         else:
-            y = jax.nn.dot_product_attention(made["q"], made["k"], made["v"], mask=_for_scores(mask))
+            where = None if mask is None else _for_scores(mask)
+            y = jax.nn.dot_product_attention(made["q"], made["k"], made["v"], mask=where)
         y = y.reshape(*y.shape[:2], features)
         y = layers.Dense(features, dtype=self.dtype, name="projection")(y)
         return layers.Dropout(self.dropout)(y, deterministic=not train)
@@ -74,7 +75,10 @@ class Attention(nn.Module):
 
     def _dropping(self, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
         """Attention with dropout of its shares, in training; of [B, N, h, D / h] each, softmax in float32."""
-        shares = jax.nn.softmax(_scores(queries, keys), where=_for_scores(mask))
+        scores = _scores(queries, keys)
+        if mask is not None:  # as jax.nn.dot_product_attention has it: a sample of padding alone is no NaN
+            scores = jnp.where(_for_scores(mask), scores, jnp.finfo(scores.dtype).min)
+        shares = jax.nn.softmax(scores)
         shares = layers.Dropout(self.shares_dropout, deterministic=False)(shares).astype(values.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", shares, values)
 
@@ -91,9 +95,9 @@ def _scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.einsum("bqhd,bkhd->bhqk", queries * queries.shape[-1] ** -0.5, keys, preferred_element_type=jnp.float32)
 
 
-def _for_scores(mask: jax.Array | None) -> jax.Array | None:
+def _for_scores(mask: jax.Array) -> jax.Array:
     """A mask of tokens [B, M] as one of scores [B, 1, 1, M]."""
-    return None if mask is None else mask[:, None, None]
+    return mask[:, None, None]
 
 
 class Mlp(nn.Module):

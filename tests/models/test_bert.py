@@ -151,6 +151,8 @@ def test_dropout_of_the_attention_leaves_padding_out():
     assert not np.allclose(a, b)
     other = {**inputs, "input_ids": np.where(inputs["attention_mask"], inputs["input_ids"], 7)}
     np.testing.assert_array_equal(apply(variables, other, rngs={"dropout": jax.random.key(0)}), a)
+    nothing = jax.tree.map(np.zeros_like, inputs)  # padding alone
+    assert np.isfinite(apply(variables, nothing, rngs={"dropout": jax.random.key(0)})).all()
 
 
 def test_mechanisms_are_in_every_layer_and_an_arr_is_behind_each():
@@ -242,6 +244,9 @@ def test_a_folder_and_back(tmp_path, published):
     back = variables_from_torch(model, write(tmp_path / "bert", arrays), {})
     jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), back["params"], variables["params"])
     assert arrays["bert.encoder.layer.1.intermediate.dense.weight"].shape == (12, 8)
+    (tmp_path / "bert" / "model.safetensors").rename(tmp_path / "bert" / "pytorch_model.bin")  # read by its content
+    again = variables_from_torch(model, tmp_path / "bert", {})
+    jax.tree.map(np.testing.assert_array_equal, again["params"], back["params"])
 
 
 def test_files_of_the_pretraining_have_other_heads_and_names(published):
