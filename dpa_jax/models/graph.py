@@ -112,12 +112,8 @@ def _product(num_rows: int, x: jax.Array, rows: jax.Array, columns: jax.Array, v
 
     def backward(entries, gradient):
         rows, columns, values = entries
-        return (
-            _add_up(jnp.zeros(x.shape, jnp.float32), gradient, columns, rows, values).astype(x.dtype),
-            None,
-            None,
-            None,
-        )
+        sums = _shared_product(x.shape[0], gradient, columns, rows, values)
+        return sums.astype(x.dtype), None, None, None
 
     product.defvjp(forward, backward)
     return product(x, rows, columns, values).astype(x.dtype)
