@@ -123,9 +123,10 @@ def _shared_product(num_rows: int, x: jax.Array, *entries: jax.Array) -> jax.Arr
     """The product in float32; of a graph that devices share each adds up its own entries, and gets its own rows."""
 
     def own(axis_name: Any, x: jax.Array, *entries: jax.Array) -> jax.Array:
-        sums = _add_up(jnp.zeros((num_rows, x.shape[1]), jnp.float32), x, *entries)
+        zeros = jnp.zeros((num_rows, x.shape[1]), jnp.float32)
         if axis_name is None:
-            return sums
+            return _add_up(zeros, x, *entries)
+        sums = _add_up(jax.lax.pcast(zeros, axis_name, to="varying"), x, *entries)
         return jax.lax.psum_scatter(sums, axis_name, tiled=True) if scatters else jax.lax.psum(sums, axis_name)
 
     scatters = bool(batch_axes(num_rows))
