@@ -120,13 +120,14 @@ class Run:
         optimizer = make_optimizer(config, self.schedule)
 
         # ---------------- One member's functions ----------------
+        over_samples = functools.partial(sharding.over_samples, mesh=mesh, sharding=config.sharding)
         coefficients = dict(config.coefficients)
         train_step = make_train_step(
             model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
         )
         # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
         # the compiled step takes the trace over.
-        train_step = jax.jit(train_step, inline=True)
+        train_step = jax.jit(over_samples(train_step), inline=True)
         abstract_state = jax.eval_shape(lambda: create_state(model, optimizer, (), seed=0))
         shardings = sharding.of_state(abstract_state, mesh, config.sharding)
         abstract_state = sharding.placed(abstract_state, shardings)
@@ -175,7 +176,7 @@ class Run:
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
         # Once for all copies of the run.
         self._compiled_for = functools.cache(compiled)
-        self._eval_step = jit(make_eval_step(model, transforms.evaluate))
+        self._eval_step = jit(over_samples(make_eval_step(model, transforms.evaluate)))
         self._record = jit(
             lambda variables, batch: model.apply(
                 variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]

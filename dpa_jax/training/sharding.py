@@ -8,10 +8,12 @@ same, but for the order in which sums are rounded.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -59,6 +61,32 @@ def spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
         return PartitionSpec()
     axis = max(range(len(shape)), key=lambda i: (lengths[i], i))
     return PartitionSpec(*(AXIS if i == axis else None for i in range(len(shape))))
+
+
+def over_samples(function: Callable[..., Any], mesh: Mesh, sharding: str) -> Callable[..., Any]:
+    """A function that calls a linen model, in which the devices share every module's output by its first axis.
+
+    With ``"fsdp"`` the compiler could spread features over the devices instead, as their weights are, and gather the
+    whole batch on each. This makes it gather the weights.
+    """
+    if sharding != "fsdp":
+        return function
+    samples = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def share(leaf: Any) -> Any:
+        is_batch = isinstance(leaf, jax.Array) and leaf.ndim > 1 and leaf.shape[0] % mesh.size == 0
+        return jax.lax.with_sharding_constraint(leaf, samples) if is_batch else leaf
+
+    def shared(call: Callable[..., Any], arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*arguments, **options)
+        return jax.tree.map(share, result) if context.method_name == "__call__" else result
+
+    @functools.wraps(function)
+    def inside(*arguments: Any) -> Any:
+        with nn.intercept_methods(shared):
+            return function(*arguments)
+
+    return inside
 
 
 def placed(abstract: Any, shardings: Any, leading: tuple[int, ...] = ()) -> Any:
