@@ -140,6 +140,12 @@ def _keys() -> dict[str, Any]:
             "What the model computes in, float32 or bfloat16. Parameters, memories and the loss are float32 always.",
             _one_of("float32", "bfloat16"),
         ),
+        "accumulate": Key(
+            1,
+            "Micro-batches that a training batch goes through the model in, one after the other: less memory for nearly "
+            "the same step (docs/training.md).",
+            _count(1),
+        ),
         "sharding": Key(
             "data",
             "What the devices share: data (the batches alone), or fsdp (parameters, the optimiser's state and memories "
