@@ -142,9 +142,15 @@ def _keys() -> dict[str, Any]:
         ),
         "accumulate": Key(
             1,
-            "Micro-batches that a training batch goes through the model in, one after the other: less memory for nearly "
-            "the same step (docs/training.md).",
+            "Micro-batches that a training batch goes through the model in, one after the other: less memory for the "
+            "same step. What is not quite the same is in docs/training.md.",
             _count(1),
+        ),
+        "remat": Key(
+            False,
+            "Transformers: what is in a block is computed again for its gradient, instead of kept: less memory, more "
+            "work.",
+            changes_figures=False,
         ),
         "sharding": Key(
             "data",

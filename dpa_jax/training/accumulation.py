@@ -85,7 +85,8 @@ def gradients_of(
     counts = _sums(counts)
     start = jax.tree.map(jnp.zeros_like, (params, backward_memory))
     (model_state, gradients, change), seen = jax.lax.scan(add, (model_state, *start), parts)
-    return Seen(*_sums(seen), model_state, ()), gradients, change
+    terms, figures = _sums(seen)
+    return Seen(terms, figures, model_state, backward_memory={}), gradients, change
 
 
 def _sums(tree: Any) -> Any:

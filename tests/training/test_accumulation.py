@@ -22,7 +22,7 @@ from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
-COEFFICIENTS = {name: 0.3 for name in default_config().coefficients}
+COEFFICIENTS = dict.fromkeys(default_config().coefficients, 0.3)
 CLASSES, EXAMPLES = 5, 24
 
 
@@ -109,17 +109,6 @@ def test_micro_batches_are_shared_in_the_order_of_the_batch():
     np.testing.assert_array_equal(parts, np.arange(64.0).reshape(4, 16))
     assert parts.sharding.spec == PartitionSpec(None, "data")
     assert "all-gather" not in split.lower(batch).compile().as_text()
-
-
-def test_a_run_accumulates_on_several_devices():
-    small = {"mechanism": "dpa", "batch_size": 16, "optimizer__name": "sgd", "model_options__patch_size": 8}
-    losses = []
-    for accumulate in (1, 2):
-        run = build(tiny_config(accumulate=accumulate, **small), jax.devices()[:2])
-        state, metrics = run.step(run.init(), 0)
-        state, metrics = run.step(state, 1)
-        losses.append(float(metrics["loss"]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
