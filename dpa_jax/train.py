@@ -60,6 +60,7 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
 def _train(options: flags.FlagValues) -> None:
     # Imported here, since the loader's worker processes import this module when it is the program.
     from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.compiled import keep_compiled
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
     if not options.distributed and (options.coordinator, options.processes, options.process) != (None, None, None):
@@ -74,6 +75,7 @@ def _train(options: flags.FlagValues) -> None:
     if (options.topology, options.json) != (None, None):
         raise ValueError("--topology and --json are for --compile_only; it is missing")
     workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
+    keep_compiled()
     try:
         if options.eval:
             command_line.tell(_table(evaluate(options.config, workdir)))
