@@ -88,6 +88,11 @@ class Run:
         for key in ("batch_size", "eval_batch_size"):
             if config[key] % len(devices):
                 raise ValueError(f"{key} must be a positive multiple of the {len(devices)} devices, not {config[key]}")
+        if config.batch_size % (config.accumulate * len(devices)):
+            raise ValueError(
+                f"batch_size must be a positive multiple of the {len(devices)} devices times accumulate "
+                f"{config.accumulate}, not {config.batch_size}"
+            )
 
         # ---------------- Data ----------------
         source = open_source(config.data)
@@ -122,9 +127,9 @@ class Run:
         # ---------------- One member's functions ----------------
         over_samples = functools.partial(sharding.over_samples, mesh=mesh, sharding=config.sharding)
         coefficients = dict(config.coefficients)
-        train_step = make_train_step(
-            model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
-        )
+        split = functools.partial(sharding.split, mesh=mesh, number=config.accumulate)
+        smoothing, mix, number = config.label_smoothing, transforms.mix, config.accumulate
+        train_step = make_train_step(model, optimizer, transforms.train, coefficients, smoothing, mix, number, split)
         # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
         # the compiled step takes the trace over.
         train_step = jax.jit(over_samples(train_step), inline=True)
