@@ -141,6 +141,18 @@ def _keys() -> dict[str, Any]:
             "What the model computes in, float32 or bfloat16. Parameters, memories and the loss are float32 always.",
             _one_of("float32", "bfloat16"),
         ),
+        "accumulate": Key(
+            1,
+            "Micro-batches that a training batch goes through the model in, one after the other: less memory for the "
+            "same step. What is not quite the same is in docs/training.md.",
+            _count(1),
+        ),
+        "remat": Key(
+            False,
+            "Transformers: what is in a block is computed again for its gradient, instead of kept: less memory, more "
+            "work.",
+            changes_figures=False,
+        ),
         "sharding": Key(
             "data",
             "What the devices share: data (the batches alone), or fsdp (parameters, the optimiser's state and memories "

@@ -61,6 +61,7 @@ def _train(options: flags.FlagValues) -> None:
     import jax
 
     from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.compiled import keep_compiled
     from dpa_jax.training.folder import folder_of
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
@@ -77,6 +78,7 @@ def _train(options: flags.FlagValues) -> None:
     if (options.topology, options.json) != (None, None):
         raise ValueError("--topology and --json are for --compile_only; it is missing")
     workdir = folder_of(options.workdir or command_line.default_workdir(options))
+    keep_compiled()
     try:
         if options.eval:
             said = _table(evaluate(options.config, workdir))

@@ -252,7 +252,7 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int = 2) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, scan: bool | None, remat: bool, shared: int = 2) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
@@ -262,9 +262,13 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int =
     A block is called as ``block(...)(x, own, labels, train)``, where ``own`` is its part of an array (or pytree) with a
     leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules. ``shared`` is the number
     of arguments after ``own``.
+
+    With ``remat`` only the blocks' inputs are kept for the gradient, and what is in a block is computed again.
     """
     if scan is None:
         scan = jax.default_backend() != "tpu"
+    if remat:
+        block = nn.remat(block, prevent_cse=not scan, static_argnums=4)  # `train`; the module itself is 0
     return nn.scan(
         block,
         variable_axes={True: 0},

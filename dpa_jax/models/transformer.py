@@ -206,6 +206,7 @@ class Transformer(layers.ImageModel):
         stochastic_depth: drop rate of the last block's branches, in [0, 1); linear from 0 at the first.
         scan: whether equal blocks are compiled as a loop or one by one, with the same variables, random draws and
             results; None decides by the device (`dpa_jax.models.layers.repeat`).
+        remat: whether what is in a block is computed again for its gradient instead of kept; the results are the same.
 
     Raises:
         ValueError: for sizes that are too small or do not divide, other rates, and images of another shape.
@@ -216,6 +217,7 @@ class Transformer(layers.ImageModel):
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     scan: bool | None = None
+    remat: bool = False
 
     epsilon: ClassVar[float] = 1e-6
     """Of the norms of blocks and of the last one."""
@@ -255,6 +257,10 @@ class Transformer(layers.ImageModel):
             "epsilon": self.epsilon,
             **options,
         }
+
+    def repeated(self, block: type[nn.Module], length: int, shared: int = 2) -> Callable[..., Any]:
+        """A class of equal blocks, as `dpa_jax.models.layers.repeat` has it."""
+        return layers.repeat(block, length, self.scan, self.remat, shared)
 
     def token(self, x: jax.Array, name: str, std: float = 0.02) -> jax.Array:
         """A learned token, the same for every sample of ``x`` [B, N, D]: [B, 1, D]."""

@@ -45,7 +45,14 @@ _DIFFER = "the processes of the run differ: "
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ROUNDS = itertools.count()  # of `agree`: a key is set once
 # Keys of a configuration that change no figure, and in which processes must be alike nevertheless: all save together.
-_ALIKE = ("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_epochs", "sharding", "steps_per_dispatch")
+_ALIKE = (
+    "checkpoint.keep",
+    "checkpoint.every_steps",
+    "checkpoint.every_epochs",
+    "sharding",
+    "remat",
+    "steps_per_dispatch",
+)
 _KNOWN = "Slurm, Open MPI, Kubernetes (with jax[k8s]) and Cloud TPU"
 
 

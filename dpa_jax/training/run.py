@@ -100,6 +100,11 @@ class Run:
         for key in ("batch_size", "eval_batch_size"):
             if config[key] % len(devices) and not self.spec.whole:
                 raise ValueError(f"{key} must be a positive multiple of the {len(devices)} devices, not {config[key]}")
+        if config.batch_size % (config.accumulate * (1 if self.spec.whole else len(devices))):
+            raise ValueError(
+                f"batch_size must be a positive multiple of the {len(devices)} devices times accumulate "
+                f"{config.accumulate}, not {config.batch_size}"
+            )
         if config.early_stopping and "valid" not in self.spec.splits:
             raise ValueError(f"config: early_stopping needs a validation split; data {config.data.name!r} has none")
         feed = make_feed(source, mesh, config.batch_size, config, "train")
@@ -135,9 +140,9 @@ class Run:
         # ---------------- One member's functions ----------------
         over_samples = functools.partial(sharding.over_samples, mesh=mesh, sharding=config.sharding)
         coefficients = dict(config.coefficients)
-        train_step = make_train_step(
-            model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
-        )
+        split = functools.partial(sharding.split, mesh=mesh, number=config.accumulate)
+        smoothing, mix, number = config.label_smoothing, transforms.mix, config.accumulate
+        train_step = make_train_step(model, optimizer, transforms.train, coefficients, smoothing, mix, number, split)
         # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
         # the compiled step takes the trace over.
         train_step = jax.jit(sharding.known(mesh, over_samples(train_step)), inline=True)

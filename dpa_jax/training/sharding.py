@@ -99,6 +99,20 @@ def over_samples(function: Callable[..., Any], mesh: Mesh, sharding: str) -> Cal
     return inside
 
 
+def split(batch: Any, mesh: Mesh, number: int) -> Any:
+    """Micro-batches of a pytree of arrays, in the order of the batch: [B, ...] -> [N, B / N, ...].
+
+    The devices share each of them by its second axis, for which samples move between the devices once.
+    """
+    shared = NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+    def one(leaf: jax.Array) -> jax.Array:
+        parts = leaf.reshape(number, leaf.shape[0] // number, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(parts, shared)
+
+    return jax.tree.map(one, batch)
+
+
 def placed(abstract: Any, shardings: Any, leading: tuple[int, ...] = ()) -> Any:
     """A pytree of `jax.ShapeDtypeStruct` with their shardings, and axes of these lengths in front."""
     return jax.tree.map(

@@ -29,7 +29,7 @@ from tests.helpers import tiny_config
 
 def get_config():
     config = tiny_config(epochs=4, data__name="folder", data__dir="images", data__resident="host")
-    config.checkpoint.every_steps = 1
+    config.sharding, config.checkpoint.every_steps = "fsdp", 1
     config.augment.update(image_size=8, crop="resized")
     return config
 """
@@ -39,7 +39,9 @@ def get_config():
 PROGRAM = """
 import json, os, signal, sys
 from dpa_jax.data.feeds import examples
+from dpa_jax.training import sharding
 
+sharding.LEAST = 1
 report, told_at, argv = sys.argv[1], int(sys.argv[2]), ["train.py", *sys.argv[3:]]
 rows, written = {"TrainExamples": set(), "EvalExamples": set()}, set()
 
