@@ -308,14 +308,14 @@ def test_a_model_of_its_own_on_each_device():
 @pytest.mark.parametrize("channels", [C, 16, 2 * DEVICES + 1])
 def test_shards_give_the_bits_of_one_device(channels):
     rng = np.random.default_rng(channels)
-    labels, count = rng.integers(-1, K + 1, B), rng.integers(0, 3, K)  # K is no class either
-    recalled, terms = rng.normal(size=(2, B, channels)).astype(np.float32)
-    factors = rng.uniform(size=B).astype(np.float32)
+    labels, count = rng.integers(-1, K + 1, (2, B)), rng.integers(0, 3, K)  # K is no class either
+    recalled, terms = rng.normal(size=(2, 2, B, channels)).astype(np.float32)
+    factors = rng.uniform(size=(2, B)).astype(np.float32)
 
     def computed(labels, count, recalled, factors, terms):
-        weights = memory.update_weights(labels, K, 0.9)
-        rows = memory.prefix_rows(recalled, factors, terms, memory.gather_labels(labels))
-        return weights, arr.response_steps(labels, count, 0.1, 2), rows
+        weights = memory.update_weights(labels[0], K, 0.9)
+        rows = memory.prefix_rows(recalled, factors, terms, jax.vmap(memory.gather_labels)(labels))
+        return weights, arr.response_steps(labels[0], count, 0.1, 2), rows
 
     arguments = labels, count, recalled, factors, terms
     expected = jax.jit(computed)(*arguments)
