@@ -151,4 +151,4 @@ def response_means(record: Record) -> jax.Array:
     terms = gain[:, :, None] * jax.lax.stop_gradient(seen["values"])
     axis_name = record.settings.axis_name
     labels = jax.vmap(functools.partial(mem.gather_labels, axis_name=axis_name))(seen["labels"])
-    return jax.vmap(functools.partial(mem.prefix_rows, axis_name=axis_name))(seen["recalled"], keep, terms, labels)
+    return mem.prefix_rows(seen["recalled"], keep, terms, labels, axis_name)

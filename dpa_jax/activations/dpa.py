@@ -151,8 +151,7 @@ def joint_mask(record: Record) -> jax.Array:
     labels = jax.vmap(functools.partial(mem.gather_labels, axis_name=act.axis_name))(seen["labels"])
 
     def after_own_update():
-        prefix_means = functools.partial(mem.prefix_means, momentum=act.momentum, axis_name=act.axis_name)
-        rows = jax.vmap(prefix_means)(seen["forward"], values, labels)
+        rows = mem.prefix_means(seen["forward"], values, labels, act.momentum, act.axis_name)
         return jnp.where(seen["update"][:, None, None], rows, seen["forward"])
 
     # Most steps update nothing and skip the scan; a conditional for each layer would cost more than it saves.

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dpa_jax.activations.sharding import SAMPLES, WHOLE, by_shards
+from dpa_jax.activations.sharding import LAYERS_SAMPLES, SAMPLES, WHOLE, by_shards
 
 POOLS = ("token", "mean", "none", "auto")
 NO_AXIS = (None, ())
@@ -160,42 +160,64 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
 def prefix_means(
     recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | tuple | None = None
 ) -> jax.Array:
-    """Each sample's row of its class right after its own update, [B, C]; ``recalled`` are those before the batch."""
-    decay = jnp.full(values.shape[:1], 1.0 - momentum, jnp.float32)
+    """Each sample's row of its class right after its own update, as `prefix_rows` has them."""
+    decay = jnp.full(values.shape[:2], 1.0 - momentum, jnp.float32)
     return prefix_rows(recalled, decay, momentum * values, labels, axis_name)
 
 
 def prefix_rows(
     recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | tuple | None = None
 ) -> jax.Array:
-    """Each sample's row [B, C] right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
+    """Each sample's row right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
 
     A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
-    batch, depth logarithmic, no B x B matrix. ``recalled`` and ``terms`` are [B, C], ``factors`` [B]; ``labels`` are
-    those of the global batch (`gather_labels`). Over devices each scans all samples of its share of the channels.
+    batch, depth logarithmic, no B x B matrix. Of L layers at once: ``terms``, ``recalled``, the rows before the batch,
+    and what is returned are [L, B, C], ``factors`` [L, B]. ``labels`` [L, B] are the global batch's (`gather_labels`):
+    over devices each scans all samples of its share of the channels.
     """
     if labels.size == 0:
         return recalled
-    in_specs = (SAMPLES, SAMPLES, SAMPLES, WHOLE)
+    in_specs = (LAYERS_SAMPLES, LAYERS_SAMPLES, LAYERS_SAMPLES, WHOLE)
     arguments = recalled, factors, terms, labels
-    return by_shards(_prefix_rows, *arguments, axis_name=axis_name, in_specs=in_specs, out_specs=SAMPLES)
+    return by_shards(_prefix_rows, *arguments, axis_name=axis_name, in_specs=in_specs, out_specs=LAYERS_SAMPLES)
 
 
 def _prefix_rows(
     axis_name: str | tuple | None, recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    in_order, order = jax.lax.sort_key_val(labels, jnp.arange(labels.size), is_stable=True)
-    first = jnp.concatenate([jnp.ones(1, bool), in_order[1:] != in_order[:-1]])
-    back = jnp.argsort(order)
-    # A class's first sample starts from the memory, not from its neighbour.
-    first, factors = first[own_part(back, axis_name)][:, None], factors[:, None]
-    terms = terms + jnp.where(first, factors * recalled, 0.0)
-    factors = jnp.where(first, 0.0, factors)
+    places = jnp.broadcast_to(jnp.arange(labels.shape[1]), labels.shape)
+    in_order, order = jax.lax.sort_key_val(labels, places, is_stable=True)
+    first = jnp.concatenate([jnp.ones_like(labels[:, :1], bool), in_order[:, 1:] != in_order[:, :-1]], axis=1)
     if axis_name in NO_AXIS:
-        return _scan(factors[order], terms[order], axis=0)[back]
-    factors, terms = sort_samples(labels, *to_channels(factors, terms, axis_name))
-    (rows,) = sort_samples(order, _scan(factors, terms, axis=1))
-    return to_samples(rows, recalled.shape[-1], axis_name)
+        back = jnp.argsort(order)
+        factors, terms = _started(jnp.take_along_axis(first, back, axis=1), recalled, factors, terms)
+        factors, terms = (jax.vmap(lambda array, order: array[order])(array, order) for array in (factors, terms))
+        return jax.vmap(lambda array, back: array[back])(_scan(factors, terms, axis=1), back)
+
+    devices, (layers, samples, channels) = jax.lax.axis_size(axis_name), terms.shape
+    # What is received is transposed: the i-th samples of all devices come after each other, then the next ones.
+    order = (order % samples) * devices + order // samples
+    back = jnp.argsort(order)
+    own = back.reshape(layers, samples, devices)[..., jax.lax.axis_index(axis_name)]
+    factors, terms = _started(jnp.take_along_axis(first, own, axis=1), recalled, factors, terms)
+    share = -(-channels // devices)
+    terms = jnp.pad(terms.reshape(-1, channels), ((0, 0), (0, share * devices - channels))).T
+    sent = jnp.concatenate([terms.reshape(devices, -1), jnp.tile(factors.reshape(1, -1), (devices, 1))], axis=1)
+    got = _exchange(sent, axis_name).T.reshape(share + 1, *labels.shape)
+    # Sorted, with the keys once for each row: with few channels TPUs do that faster than they gather.
+    got = jax.lax.sort_key_val(jnp.broadcast_to(back, got.shape), got)[1]
+    rows = _scan(got[share:], got[:share], axis=2)
+    rows = jax.lax.sort_key_val(jnp.broadcast_to(order, rows.shape), rows)[1]
+    rows = _exchange(rows.reshape(-1, devices).T, axis_name)
+    return rows.reshape(devices * share, -1)[:channels].T.reshape(recalled.shape)
+
+
+def _started(
+    first: jax.Array, recalled: jax.Array, factors: jax.Array, terms: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factors [L, B, 1] and terms where a class's first sample starts from the memory, not from its neighbour."""
+    first, factors = first[..., None], factors[..., None]
+    return jnp.where(first, 0.0, factors), terms + jnp.where(first, factors * recalled, 0.0)
 
 
 def _scan(factors: jax.Array, terms: jax.Array, axis: int) -> jax.Array:
@@ -207,42 +229,9 @@ def _scan(factors: jax.Array, terms: jax.Array, axis: int) -> jax.Array:
     return jax.lax.associative_scan(compose, (factors, terms), axis=axis)[1]
 
 
-def sort_samples(keys: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-    """Arrays [n, B] with their last axis sorted by the keys [B]; stable.
-
-    Keys are sorted once for each row: with few channels TPUs do that faster than they gather.
-    """
-
-    def one(array: jax.Array) -> jax.Array:
-        return jax.lax.sort_key_val(jnp.broadcast_to(keys, array.shape), array, is_stable=True)[1]
-
-    return [one(array) for array in arrays]
-
-
-def own_part(gathered: jax.Array, axis_name: str | tuple | None) -> jax.Array:
-    """This device's samples of an array over the global batch: [devices * B, ...] -> [B, ...]."""
-    if axis_name in NO_AXIS:
-        return gathered
-    size = gathered.shape[0] // jax.lax.axis_size(axis_name)
-    return jax.lax.dynamic_slice_in_dim(gathered, jax.lax.axis_index(axis_name) * size, size, axis=0)
-
-
-def to_channels(factors: jax.Array, terms: jax.Array, axis_name: str | tuple | None) -> tuple[jax.Array, jax.Array]:
-    """From a device's samples with all channels to all samples with its share of the channels, in one exchange.
-
-    ``factors`` [B, 1] and ``terms`` [B, C] become [1, devices * B] and [ceil(C / devices), devices * B].
-    """
-    devices, (samples, channels) = jax.lax.axis_size(axis_name), terms.shape
-    share = -(-channels // devices)
-    terms = jnp.pad(terms, ((0, 0), (0, share * devices - channels))).T.reshape(devices, share, samples)
-    sent = jnp.concatenate([jnp.broadcast_to(factors.T, (devices, 1, samples)), terms], axis=1)
-    got = jax.lax.all_to_all(sent, axis_name, split_axis=0, concat_axis=2, tiled=True)[0]
-    return got[:1], got[1:]
-
-
-def to_samples(rows: jax.Array, channels: int, axis_name: str | tuple | None) -> jax.Array:
-    """The way back: [ceil(C / devices), devices * B] -> [B, C]."""
-    return jax.lax.all_to_all(rows, axis_name, split_axis=1, concat_axis=0, tiled=True)[:channels].T
+def _exchange(rows: jax.Array, axis_name: str | tuple) -> jax.Array:
+    """Sends the i-th of the rows [devices, n] to the i-th device; those received are in the order of the devices."""
+    return jax.lax.all_to_all(rows, axis_name, split_axis=0, concat_axis=0, tiled=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

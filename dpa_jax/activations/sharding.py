@@ -47,8 +47,8 @@ def on_auto_axes(function: Callable[..., Any], *arguments: Any, specs: Callable[
     return jax.sharding.reshard(result, shardings)
 
 
-SAMPLES, WHOLE = PartitionSpec("batch"), PartitionSpec()
-"""For `by_shards`: of arrays [B, ...] of the batch's samples, and of those that are the same on all devices."""
+SAMPLES, LAYERS_SAMPLES, WHOLE = PartitionSpec("batch"), PartitionSpec(None, "batch"), PartitionSpec()
+"""For `by_shards`: of arrays [B, ...] or [L, B, ...] of the batch's samples, and of those that all devices have."""
 
 
 def batch_axes(samples: int) -> tuple[str, ...]:
@@ -73,15 +73,16 @@ def by_shards(
 
     There the function runs under ``shard_map`` over that axis, whose name it gets. Where it is called inside of
     ``shard_map`` or the like already, which ``axis_name`` other than None says, or no axis is known, it runs as it is.
-    ``in_specs`` and ``out_specs`` say of each array whether it is `SAMPLES` or `WHOLE`.
+    ``in_specs`` and ``out_specs`` say of each array whether it is `SAMPLES`, `LAYERS_SAMPLES` or `WHOLE`.
     """
-    samples = next(len(array) for array, spec in zip(arguments, in_specs, strict=True) if spec == SAMPLES)
+    dims = zip(arguments, map(tuple, in_specs), strict=True)
+    samples = next(array.shape[spec.index("batch")] for array, spec in dims if "batch" in spec)
     axes = batch_axes(samples) if axis_name is None else ()
     if not axes:
         return function(axis_name, *arguments)
-    over = jax.tree.map(
-        lambda spec: PartitionSpec(axes) if spec == SAMPLES else spec,
+    takes, gives = jax.tree.map(
+        lambda spec: PartitionSpec(*(axes if part == "batch" else part for part in spec)),
         (in_specs, out_specs),
         is_leaf=lambda spec: isinstance(spec, PartitionSpec),
     )
-    return jax.shard_map(lambda *shards: function(axes, *shards), in_specs=over[0], out_specs=over[1])(*arguments)
+    return jax.shard_map(lambda *shards: function(axes, *shards), in_specs=takes, out_specs=gives)(*arguments)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import dpa_jax
 from dpa_jax.activations import arr, memory
 from dpa_jax.activations.sharding import batch_axes
+from dpa_jax.training.cost import count_collectives
 
 K, C, DEVICES, STEPS = 4, 6, 8, 4
 B = 3 * DEVICES
@@ -308,14 +309,14 @@ def test_a_model_of_its_own_on_each_device():
 @pytest.mark.parametrize("channels", [C, 16, 2 * DEVICES + 1])
 def test_shards_give_the_bits_of_one_device(channels):
     rng = np.random.default_rng(channels)
-    labels, count = rng.integers(-1, K + 1, B), rng.integers(0, 3, K)  # K is no class either
-    recalled, terms = rng.normal(size=(2, B, channels)).astype(np.float32)
-    factors = rng.uniform(size=B).astype(np.float32)
+    labels, count = rng.integers(-1, K + 1, (2, B)), rng.integers(0, 3, K)  # K is no class either
+    recalled, terms = rng.normal(size=(2, 2, B, channels)).astype(np.float32)
+    factors = rng.uniform(size=(2, B)).astype(np.float32)
 
     def computed(labels, count, recalled, factors, terms):
-        weights = memory.update_weights(labels, K, 0.9)
-        rows = memory.prefix_rows(recalled, factors, terms, memory.gather_labels(labels))
-        return weights, arr.response_steps(labels, count, 0.1, 2), rows
+        weights = memory.update_weights(labels[0], K, 0.9)
+        rows = memory.prefix_rows(recalled, factors, terms, jax.vmap(memory.gather_labels)(labels))
+        return weights, arr.response_steps(labels[0], count, 0.1, 2), rows
 
     arguments = labels, count, recalled, factors, terms
     expected = jax.jit(computed)(*arguments)
@@ -340,3 +341,22 @@ def test_samples_that_are_not_finite_take_no_part_on_any_device(mechanism):
         found = jax.jit(seen)(x, labels)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
+def test_more_layers_make_no_more_exchanges():
+    def exchanges(depth):
+        model = nn.Sequential([dpa_jax.DPA(K, pool="none") for _ in range(depth)])
+        variables = model.init(jax.random.key(0), jnp.zeros((B, C)))
+
+        def penalty(x, labels):
+            with dpa_jax.supervise(labels, train=True):
+                _, mutated = model.apply(variables, x, mutable=dpa_jax.MUTABLE)
+            return dpa_jax.penalties(mutated)["channel"]
+
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+        inputs = jax.device_put(batch(0), NamedSharding(mesh, SPREAD))
+        with jax.set_mesh(mesh):
+            counts = count_collectives(jax.jit(penalty).lower(*inputs).compile().as_text())
+        return {kind: count for kind, count in counts.items() if kind != "all-reduce"}  # the compiler joins those
+
+    assert exchanges(1) == exchanges(3) == {"all-to-all": 2}
