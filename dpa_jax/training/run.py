@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import diagnose, reset_counters
@@ -151,10 +152,11 @@ class Run:
 
         # ---------------- All members' functions ----------------
         # How many members there are is read off what they are given: what is compiled serves other seeds as well.
-        def step(state: TrainState, batches: list[Batch]):
+        def step(state: TrainState, batches: list[Batch], leading: tuple[str | None, ...]):
             if len(batches) == 1:
                 return one_step(state, batches[0])
-            return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+            return sharding.over_members(one_step, mesh, leading)(state, stacked)
 
         def members(tree: Any) -> list[Any]:
             return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(len(jax.tree.leaves(tree)[0]))]
@@ -167,11 +169,12 @@ class Run:
 
         def compiled(leading: tuple[str | None, ...]) -> _Compiled:
             shardings = sharding.of_state(self._abstract_member, mesh, config.sharding, leading)
+            like = NamedSharding(mesh, PartitionSpec(*leading))
             jit = functools.partial(jax.jit, out_shardings=shardings)
             return _Compiled(
                 shardings=shardings,
                 init=jit(jax.vmap(create, in_axes=(0, None))) if leading else jit(create, static_argnums=0),
-                step=jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                step=jit(functools.partial(step, leading=leading), donate_argnums=0, out_shardings=(shardings, like)),
                 clear_metrics=jit(clear_metrics, donate_argnums=0),
                 enter_evaluation=jit(enter_evaluation, donate_argnums=0),
             )
@@ -204,7 +207,7 @@ class Run:
 
     @property
     def _compiled(self) -> _Compiled:
-        return self._compiled_for(() if len(self.seeds) == 1 else (None,))
+        return self._compiled_for(sharding.of_members(len(self.seeds), self._mesh, self.config))
 
     def _check_memory(self, what: str, abstract: Any, copies: float) -> None:
         """Raises ValueError where so many devices' parts of a pytree exceed the host's memory, if that is theirs.
