@@ -79,6 +79,7 @@ class Bert(layers.Model):
         layer_norm_eps: epsilon of all norms.
         sequence_length: L of `example_inputs`, padding included.
         scan: whether the layers are compiled as a loop (`dpa_jax.models.layers.repeat`).
+        remat: whether what is in a layer is computed again for its gradient instead of kept.
 
     Raises:
         ValueError: for sizes that are too small or do not divide, other rates, and inputs of another kind.
@@ -97,6 +98,7 @@ class Bert(layers.Model):
     layer_norm_eps: float = 1e-12
     sequence_length: int = 128
     scan: bool | None = None
+    remat: bool = False
 
     def __post_init__(self):
         sizes = ("num_hidden_layers", "intermediate_size", "max_position_embeddings", "type_vocab_size")
@@ -145,7 +147,7 @@ class Bert(layers.Model):
             shares_dropout=self.attention_probs_dropout_prob,
         )
         arr = functools.partial(ARR, self.num_classes) if self.arr else None
-        layer = layers.repeat(Layer, self.num_hidden_layers, self.scan, shared=3)
+        layer = layers.repeat(Layer, self.num_hidden_layers, self.scan, self.remat, shared=3)
         layer = layer(attention, norm, self.intermediate_size, placement, arr, rate, self.dtype, name="layers")
         x, _ = layer(x, None, labels, train, mask > 0)
         placement.check("Bert")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import diagnose, reset_counters
@@ -164,17 +165,18 @@ class Run:
 
         # ---------------- All members' functions ----------------
         # How many members there are is read off what they are given: what is compiled serves other seeds as well.
-        def step(state: TrainState, batches: list[Batch]):
+        def step(state: TrainState, batches: list[Batch], leading: tuple[str | None, ...]):
             if state.step.ndim == 0:
                 return one_step(state, batches[0])
             if len(batches) == 1:  # all members see the same
                 return jax.vmap(one_step, in_axes=(0, None))(state, batches[0])
-            return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+            return sharding.over_members(one_step, mesh, leading)(state, stacked)
 
         # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple. A
         # batch is taken, and metrics are put down, in the turn before and after their step: fused with it they would
         # change its rounding.
-        def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array):
+        def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array, leading: tuple):
             def take(number: jax.typing.ArrayLike) -> list[Batch]:
                 return [self._resident[0].take(waiting, order, number) for order in orders]
 
@@ -184,11 +186,11 @@ class Run:
             def body(number: jax.Array, carry):
                 state, batches, metrics, seen = carry
                 seen = put(seen, number, metrics)
-                state, metrics = step(state, batches)
+                state, metrics = step(state, batches, leading)
                 return state, take(number + 1), metrics, seen
 
             batches, length = take(0), orders[0].labels.shape[0]
-            _, abstract = jax.eval_shape(step, state, batches)
+            _, abstract = jax.eval_shape(functools.partial(step, leading=leading), state, batches)
             metrics = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), abstract)
             seen = jax.tree.map(lambda one: jnp.zeros((length + 1, *one.shape), one.dtype), metrics)
             state, _, metrics, seen = jax.lax.fori_loop(0, count, body, (state, batches, metrics, seen))
@@ -205,12 +207,17 @@ class Run:
 
         def compiled(leading: tuple[str | None, ...]) -> _Compiled:
             shardings = sharding.of_state(self._abstract_member, mesh, config.sharding, leading)
+            like = NamedSharding(mesh, PartitionSpec(*leading))
             jit = functools.partial(jax.jit, out_shardings=shardings)
             return _Compiled(
                 shardings=shardings,
                 init=jit(jax.vmap(create, in_axes=(0, None))) if leading else jit(create, static_argnums=0),
-                step=jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-                several_steps=jit(several_steps, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                step=jit(functools.partial(step, leading=leading), donate_argnums=0, out_shardings=(shardings, like)),
+                several_steps=jit(
+                    functools.partial(several_steps, leading=leading),
+                    donate_argnums=0,
+                    out_shardings=(shardings, NamedSharding(mesh, PartitionSpec(None, *leading))),
+                ),
                 clear_metrics=jit(clear_metrics, donate_argnums=0),
                 enter_evaluation=jit(enter_evaluation, donate_argnums=0),
             )
@@ -249,7 +256,13 @@ class Run:
 
     @property
     def _compiled(self) -> _Compiled:
-        return self._compiled_for(() if len(self.seeds) == 1 else (None,))
+        several = len(self.seeds) > 1
+        leading = (
+            (None,)
+            if several and self.feeds[0].same_for_all
+            else sharding.of_members(len(self.seeds), self._mesh, self.config)
+        )
+        return self._compiled_for(leading)
 
     def _check_memory(self, what: str, abstract: Any, copies: float) -> None:
         """Raises ValueError where so many devices' parts of a pytree exceed the host's memory, if that is theirs.

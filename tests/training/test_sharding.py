@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from dpa_jax.training import sharding
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged, write_config
+from dpa_jax.training.cost import count_collectives
 from dpa_jax.training.run import build
 from tests.helpers import tiny_config
 
@@ -121,3 +122,37 @@ def test_members_micro_batches_and_a_shared_state_go_together():
     assert run.members(metrics)[1]["loss"] == pytest.approx(float(wanted["loss"]), abs=1e-5)
     (_, (_, figures)), (_, (expected,)) = run.evaluate(states), member.evaluate(state)
     assert figures["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "expected"),
+    [
+        (1, {}, ()),
+        (16, {}, ("data",)),
+        (12, {}, (None,)),
+        (16, {"sharding": "fsdp"}, (None,)),
+        (16, {"accumulate": 2}, (None,)),
+    ],
+)
+def test_members_have_devices_of_their_own_where_these_divide_them(seeds, changes, expected):
+    config = tiny_config(**changes)
+    assert sharding.of_members(seeds, sharding.make_mesh(jax.devices()), config) == expected
+    assert sharding.of_members(seeds, sharding.make_mesh(jax.devices()[:1]), config) == ((None,) if seeds > 1 else ())
+
+
+def test_a_member_with_a_device_of_its_own_is_the_run_alone():
+    options = {"model_options__arr": True, "model_options__dropout": 0.1, "optimizer__name": "sgd"}
+    run = build(tiny_config(**options), jax.devices()[:2], seeds=(0, 1))
+    alone = build(tiny_config(seed=1, **options), jax.devices()[:1])
+    # The batches go to their members; nothing else goes anywhere.
+    assert set(count_collectives(run.lower().compile().as_text())) == {"all-to-all"}
+    states, state = run.init(), alone.init()
+    assert len(states.step.addressable_shards[0].data) == 1
+    for step in range(5):  # the memories are updated in the last
+        states, metrics = run.step(states, step)
+        state, wanted = alone.step(state, step)
+    mine = jax.tree.map(lambda leaf: np.asarray(leaf)[1], (states, metrics))
+    chex.assert_trees_all_equal(mine, jax.device_get((state, wanted)))
+    assert mine[0].model_state["forward_memory"]["blocks"]["mlp"]["activation"]["mean"].any()
+    assert run.evaluate(states)[1][1]["loss"] == pytest.approx(alone.evaluate(state)[1][0]["loss"], abs=1e-5)
+    assert len(run.figures(run.init())) == 2
