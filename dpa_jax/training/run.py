@@ -156,9 +156,9 @@ class Run:
                 return one_step(state, batches[0])
             return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
 
-        # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple. A
-        # batch is taken, and metrics are put down, in the turn before and after their step: fused with it they would
-        # change its rounding.
+        # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple, and
+        # a run that is cut anywhere goes on with the same bits. A batch is taken, and metrics are put down, in the turn
+        # before and after their step, so that they are not fused with it.
         def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array):
             def take(number: jax.typing.ArrayLike) -> list[Batch]:
                 return [self._resident[0].take(waiting, order, number) for order in orders]
