@@ -134,6 +134,15 @@ def test_a_run_that_diverges_is_left_out_and_told_of(digits, tmp_path, monkeypat
     assert "Failed: small: dpa, seed 1: loss is nan" in (tmp_path / "table.md").read_text()
 
 
+def test_a_table_without_its_data_waits(digits, tmp_path, monkeypatch, capsys):
+    def miss(group, name, seeds, folder, until):
+        raise FileNotFoundError("no CIFAR-10 here")
+
+    monkeypatch.setattr(run, "train_group", miss)
+    assert not continue_campaign(read_plan(digits), tmp_path, minutes=1e6, clock=ticking())
+    assert "note: small: dpa waits: no CIFAR-10 here" in capsys.readouterr().err
+
+
 def test_minutes_that_are_too_few_are_told_of(digits, tmp_path, capsys):
     assert not continue_campaign(read_plan(digits), tmp_path, minutes=1 / 60, clock=ticking())
     assert "nothing was trained: the minutes are too few" in capsys.readouterr().err

@@ -37,7 +37,8 @@ python=${PYTHON:-python3}
 if [ ! -e "$here/unpacked" ]; then
     (cd "$here" && sha256sum --check --quiet SHA256SUMS) ||
         { echo "error: pieces are missing or damaged, see above; copy them to $here" >&2; exit 1; }
-    unpack="import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|*').extractall(sys.argv[1], filter='data')"
+    unpack="import sys, tarfile
+tarfile.open(fileobj=sys.stdin.buffer, mode='r|*').extractall(sys.argv[1], filter='data')"
     cat "$here"/piece.* | "$python" -c "$unpack" "$here"
     if [ -e "$here/data.tar.xz" ]; then "$python" -c "$unpack" "$here" < "$here/data.tar.xz"; rm "$here/data.tar.xz"; fi
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$here/packages" \\

@@ -98,7 +98,10 @@ class _Slice:
         try:
             for step in self.plan.steps:
                 for entry in step.entries:
-                    self._train(step, entry)
+                    try:
+                        self._train(step, entry)
+                    except FileNotFoundError as error:  # the data of one table need not be here
+                        print(f"note: {self._name(step.table, entry)} waits: {error}", file=sys.stderr)
         except _TimeIsUp:
             pass
         self._write()
