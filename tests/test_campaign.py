@@ -2,9 +2,9 @@
 
 import itertools
 import json
-import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from dpa_jax.campaign.__main__ import find_campaign, main
 from dpa_jax.compare import run as compare_run
 from dpa_jax.training.loop import NonFiniteError
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 NONE = "\N{EN DASH}"
 TIMES = ("images_per_second", "seconds")
 
@@ -63,7 +63,7 @@ def compiled_once():
 
     def build(config):
         key = json.dumps(config.to_dict(), default=str)
-        return kept.setdefault(key, None) or kept.update({key: inner(config)}) or kept[key]
+        return kept.setdefault(key, None) or kept.update({key: inner(config, jax.devices()[:1])}) or kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_run, "build", build)
@@ -132,6 +132,15 @@ def test_a_run_that_diverges_is_left_out_and_told_of(digits, tmp_path, monkeypat
     assert continue_campaign(read_plan(digits), tmp_path, minutes=1e6, clock=ticking())
     assert "loss is nan at step 3. It is left out from now on." in capsys.readouterr().err
     assert "Failed: small: dpa, seed 1: loss is nan" in (tmp_path / "table.md").read_text()
+
+
+def test_a_table_without_its_data_waits(digits, tmp_path, monkeypatch, capsys):
+    def miss(group, name, seeds, folder, until):
+        raise FileNotFoundError("no CIFAR-10 here")
+
+    monkeypatch.setattr(run, "train_group", miss)
+    assert not continue_campaign(read_plan(digits), tmp_path, minutes=1e6, clock=ticking())
+    assert "note: small: dpa waits: no CIFAR-10 here" in capsys.readouterr().err
 
 
 def test_minutes_that_are_too_few_are_told_of(digits, tmp_path, capsys):
@@ -273,8 +282,12 @@ def test_the_table_is_of_finished_runs_beside_the_papers(digits, tmp_path):
         ("seeds = 2", "", r"\[\[runs\]\] 2: the key seeds is missing"),
         ('["dpa", "relu"]', '["dpaa"]', r"\[tables\.small\]: .*Did you mean 'dpa'"),
         ('table = "small"', 'table = "smal"', r"\[\[runs\]\] 1: there is no table 'smal'\. Did you mean 'small'\?"),
-        ("dpa = 91.5", "dap = 91.5", r"papers has 'dap', and no \[\[runs\]\] have\. Did you mean 'dpa'\?"),
-        ("dpa = 91.5", "dpa = 915", r"papers\.dpa must be a top-1 accuracy in percent; got 915"),
+        (
+            "dpa = 91.5",
+            "dap = 91.5",
+            r"\[tables\.small\]: papers has 'dap', and no \[\[runs\]\] have\. Did you mean 'dpa'\?",
+        ),
+        ("dpa = 91.5", "dpa = 915", r"\[tables\.small\]: papers\.dpa must be a top-1 accuracy in percent; got 915"),
         ("batch_size = 240", "batchsize = 240", r"\[tables\.small\]: .*no key batchsize\. Did you mean batch_size"),
         ("digits_vit", "digit_vit", r"\[tables\.small\]: --config: there is no file digit_vit"),
         ("epochs = 2", "epochs = ", r"no TOML: .*line 10"),

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import io
 import json
-import lzma
 import pathlib
 import shutil
 import subprocess
@@ -38,8 +37,10 @@ python=${PYTHON:-python3}
 if [ ! -e "$here/unpacked" ]; then
     (cd "$here" && sha256sum --check --quiet SHA256SUMS) ||
         { echo "error: pieces are missing or damaged, see above; copy them to $here" >&2; exit 1; }
-    cat "$here"/piece.* | "$python" -c "import lzma, sys, tarfile
-tarfile.open(fileobj=lzma.open(sys.stdin.buffer), mode='r|').extractall(sys.argv[1], filter='data')" "$here"
+    unpack="import sys, tarfile
+tarfile.open(fileobj=sys.stdin.buffer, mode='r|*').extractall(sys.argv[1], filter='data')"
+    cat "$here"/piece.* | "$python" -c "$unpack" "$here"
+    if [ -e "$here/data.tar.xz" ]; then "$python" -c "$unpack" "$here" < "$here/data.tar.xz"; rm "$here/data.tar.xz"; fi
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --target "$here/packages" \\
         "$here"/wheels/*.whl
     touch "$here/unpacked"
@@ -81,8 +82,8 @@ def pack(options: argparse.Namespace) -> None:
             raise ValueError(f"{name}: there is no {path}")
     if options.to.exists():
         raise ValueError(f"--to: {options.to} is there already; choose a new folder")
-    with tempfile.TemporaryDirectory() as folder:
-        wheels = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        wheels, data = pathlib.Path(temporary) / "wheels", pathlib.Path(temporary) / "data.tar.xz"
         command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         (wheel,) = wheels.glob("*.whl")
@@ -96,11 +97,15 @@ def pack(options: argparse.Namespace) -> None:
             print(f"nothing is packed; without --dry_run: to {options.to}, at most {options.piece_mib} MiB a piece")
             return
         if lacking:
-            pip("download", "--quiet", "--no-deps", "-d", str(wheels), *target(options.python), *lacking)
-        content = {"campaign.toml": campaign, "wheels": wheels, "data": options.data, "bundle": options.bundle}
+            pip("download", "-qq", "--no-deps", "-d", str(wheels), *target(options.python), *lacking)
+        if options.data is not None:
+            with tarfile.open(data, "w:xz", preset=1) as archive:
+                archive.add(options.data, "data")
+        content = {"campaign.toml": campaign, "wheels": wheels, "bundle": options.bundle}
+        content["data.tar.xz"] = options.data and data
         write(options.to, content, options.piece_mib * 2**20)
-    data = "" if options.data is None else '--config.data.dir="$here/data"'
-    (options.to / "start.sh").write_text(START.replace("@COMMIT@", commit()).replace("@DATA@", data))
+    flag = "" if options.data is None else '--config.data.dir="$here/data"'
+    (options.to / "start.sh").write_text(START.replace("@COMMIT@", commit()).replace("@DATA@", flag))
     for file in sorted(options.to.iterdir()):
         print(f"{file.stat().st_size / 2**20:8.1f} MiB  {file}")
 
@@ -114,7 +119,7 @@ def missing(wheel: pathlib.Path, have: list[str], python: str) -> list[str]:
 
 def resolved(requirements: list[str], python: str) -> dict[str, str]:
     """{package: version} of all that pip would install."""
-    report = ["--dry-run", "--ignore-installed", "--quiet", "--report", "-", "--target", "/nowhere"]
+    report = ["--dry-run", "--ignore-installed", "-qq", "--report", "-", "--target", "/nowhere"]
     text = pip("install", *report, *target(python), *requirements)
     found = (package["metadata"] for package in json.loads(text)["install"])
     return {package["name"].lower().replace("_", "-"): package["version"] for package in found}
@@ -134,7 +139,7 @@ def write(folder: pathlib.Path, content: dict[str, pathlib.Path | None], size: i
     """Writes an archive of files and folders, by their names in it, as pieces of a size at most, and their digests."""
     folder.mkdir(parents=True)
     pieces = Pieces(folder, size)
-    with lzma.open(pieces, "wb", preset=1) as packed, tarfile.open(fileobj=packed, mode="w|") as archive:
+    with tarfile.open(fileobj=pieces, mode="w|") as archive:
         for name, path in content.items():
             if path is not None:
                 archive.add(path, name)

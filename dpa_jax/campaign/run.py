@@ -98,13 +98,16 @@ class _Slice:
         try:
             for step in self.plan.steps:
                 for entry in step.entries:
-                    self._train(step, entry)
+                    try:
+                        self._train(step, entry)
+                    except FileNotFoundError as error:  # the data of one table need not be here
+                        print(f"note: {self._name(step.table, entry)} waits: {error}", file=sys.stderr)
         except _TimeIsUp:
             pass
         self._write()
         unfinished = self._unfinished()
         if unfinished and not self.trained:
-            print("note: nothing was trained: the minutes are too few to compile the next program", file=sys.stderr)
+            print("note: nothing was trained: the minutes are too few", file=sys.stderr)
         return not unfinished
 
     # ---------------- Which runs there are ----------------
@@ -162,7 +165,8 @@ class _Slice:
         compiles = self._known("compile_seconds", name, len(seeds)) or 0.0
         last = self.deadline - reserve
         while True:
-            if (now := self.clock()) + compiles > last:
+            # The first of a call is tried in any case: what is known may be of a busier hour.
+            if (now := self.clock()) + (compiles if self.trained else 0.0) > last:
                 raise _TimeIsUp
             end = min(last, now + compiles + _SAVE_SECONDS)
             pace = _Pace(self.clock, end)

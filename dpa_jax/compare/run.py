@@ -163,7 +163,7 @@ def seeds_that_fit(run: Run, wanted: int) -> int:
     """How many seeds to train at a time: all that are ``wanted`` on a CPU, elsewhere as many as fit into its memory."""
     device = jax.local_devices()[0]
     limits = device.memory_stats() if device.platform != "cpu" else None
-    if not limits or "bytes_limit" not in limits:
+    if wanted == 1 or not limits or "bytes_limit" not in limits:
         return wanted
     run.load()  # what is measured below is what the data leaves
     memory = run.lower().compile().memory_analysis()

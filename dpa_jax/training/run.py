@@ -173,9 +173,9 @@ class Run:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
             return sharding.over_members(one_step, mesh, leading)(state, stacked)
 
-        # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple. A
-        # batch is taken, and metrics are put down, in the turn before and after their step: fused with it they would
-        # change its rounding.
+        # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple, and
+        # a run that is cut anywhere goes on with the same bits. A batch is taken, and metrics are put down, in the turn
+        # before and after their step, so that they are not fused with it.
         def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array, leading: tuple):
             def take(number: jax.typing.ArrayLike) -> list[Batch]:
                 return [self._resident[0].take(waiting, order, number) for order in orders]
