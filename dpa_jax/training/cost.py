@@ -145,8 +145,8 @@ def compile_step(run: Run) -> Cost:
     loops = device.platform != "tpu" if scan is None else scan
     begin = time.perf_counter()
     # A model that decides by itself asks which devices are here.
-    program = (_with_scan(run, False) if scan is None and not loops else run).lower().compile()
-    counted = _with_scan(run, False).lower().compile() if loops else program
+    program = _compiled(_with_scan(run, False) if scan is None and not loops else run)
+    counted = _compiled(_with_scan(run, False)) if loops else program
     seconds = time.perf_counter() - begin
     memory, cost, text = program.memory_analysis(), counted.cost_analysis(), counted.as_text()
     if memory is None or cost is None or text is None:
@@ -164,6 +164,12 @@ def compile_step(run: Run) -> Cost:
         memory_bytes=_memory(device),
         compile_seconds=seconds,
     )
+
+
+def _compiled(run: Run) -> jax.stages.Compiled:
+    # XLA can't read back its own programs for TPUs in which a SparseCore sorts (jaxlib 0.10.2).
+    tpu = {"xla_tpu_enable_offloading_sort_to_sparsecore": False}
+    return run.lower().compile(compiler_options=tpu if run.devices[0].platform == "tpu" else None)
 
 
 def _with_scan(run: Run, scan: bool) -> Run:
