@@ -55,15 +55,8 @@ def run(
             the process ends there and then, with a line and status 130.
     """
     argv = sys.argv if argv is None else argv
-    _open_closed_streams()
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        require_train("this command")
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    try:
+
+    def command() -> None:
         options = parse(define_flags, argv, default_config=default_config)
         if options.help or options.helpfull:
             tell(_help(inspect.getdoc(inspect.getmodule(define_flags)) or "", options, default_config))
@@ -75,9 +68,25 @@ def run(
             for note in options.notes:
                 with contextlib.suppress(OSError):  # nobody reads it
                     print(note, file=sys.stderr, flush=True)
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-            with _no_interrupt_lost():
-                main(options)
+            main(options)
+
+    guarded(command)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Runs what a command line asks for; SystemExit as `run` has it."""
+    _open_closed_streams()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        require_train("this command")
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+    try:
+        with _no_interrupt_lost():
+            command()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {_one_line(str(error))}")
     except MemoryError as error:
@@ -204,9 +213,13 @@ def find_config(name: str) -> pathlib.Path:
     raise ValueError(f"--config: there is no file {name}; the configurations of dpa_jax are {', '.join(own)}")
 
 
+def own_configs() -> pathlib.Path:
+    """The folder of the configurations that come with dpa_jax; `campaigns` in it has campaigns' files."""
+    return next(filter(pathlib.Path.is_dir, _FOLDERS))
+
+
 def _own_configs() -> dict[str, pathlib.Path]:
-    folder = next(filter(pathlib.Path.is_dir, _FOLDERS))
-    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+    return {file.stem: file for file in sorted(own_configs().glob("*.py"))}
 
 
 def default_workdir(options: flags.FlagValues, prefix: str = "") -> pathlib.Path:

@@ -10,6 +10,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 # Every room, from the top of the house to its floor. A room imports from lower levels only, not from its own.
 LEVELS = (
+    ("campaign",),
     ("train",),
     ("compare",),
     ("training",),

@@ -68,7 +68,7 @@ def test_the_modules_import_nothing_of_the_extra():
     assert imported & set(TRAIN) <= {"etils", "orbax"}  # which flax imports itself
 
 
-@pytest.mark.parametrize("program", ["dpa_jax.train", "dpa_jax.compare.__main__"])
+@pytest.mark.parametrize("program", ["dpa_jax.train", "dpa_jax.compare.__main__", "dpa_jax.campaign.__main__"])
 def test_a_program_imports_no_jax_of_its_own(program):
     """The loader's worker processes import the program anew."""
     assert not {"jax", "ml_collections"} & set(python(LOADED.format(f"import {program}")))

@@ -251,7 +251,7 @@ def test_more_seeds_are_added_to_those_there_are(finished, tmp_path, monkeypatch
     shutil.copytree(finished / "relu", tmp_path / "relu")
     trained = []
     monkeypatch.setattr(run, "build", lambda config: None)
-    monkeypatch.setattr(run, "_train_group", lambda run, name, seeds, folder: trained.append(list(seeds)))
+    monkeypatch.setattr(run, "train_group", lambda run, name, seeds, folder: trained.append(list(seeds)))
     monkeypatch.setattr(run, "_whole", lambda folder, config: [])  # those that were not trained
     monkeypatch.setattr(run, "write_report", lambda *_: None)
     monkeypatch.setattr(run, "seeds_that_fit", lambda run, wanted: wanted)

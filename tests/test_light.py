@@ -49,13 +49,13 @@ def test_modules_that_need_no_more(module):
     importlib.import_module(f"dpa_jax.{module}")
 
 
-@pytest.mark.parametrize("package", ["training", "data.sources", "data.feeds", "data.preview", "compare"])
+@pytest.mark.parametrize("package", ["training", "data.sources", "data.feeds", "data.preview", "compare", "campaign"])
 def test_packages_that_need_more_name_the_extra(package):
     with pytest.raises(ImportError, match=r"^dpa_jax\.[\w.]+ needs .*tqdm.*: pip install 'dpa_jax\[train\]'$"):
         importlib.import_module(f"dpa_jax.{package}")
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "data.preview"])
+@pytest.mark.parametrize("command", ["train", "compare", "campaign", "data.preview"])
 def test_commands_name_the_extra_in_one_line(command, tmp_path):
     ended = subprocess.run([sys.executable, "-m", f"dpa_jax.{command}"], cwd=tmp_path, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 from dpa_jax.compare.entries import Entry
 from dpa_jax.compare.report import FILES, Histories, write_report
 from dpa_jax.config import MAX_SEED
-from dpa_jax.plots import History
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged
-from dpa_jax.training.folder import check_kinds, locked
+from dpa_jax.training.folder import check_kinds, folder_of, locked
 from dpa_jax.training.loop import train
-from dpa_jax.training.record import read_history
-from dpa_jax.training.run import Run, build
+from dpa_jax.training.record import finished, read_history
+from dpa_jax.training.run import Figures, Run, build
 
 # What a device must keep free beside the training step: the evaluation's buffers, and the allocator's gaps.
 _SHARE = 0.8
@@ -60,7 +59,7 @@ def compare(
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
     if config.seed + num_seeds - 1 > MAX_SEED:
         raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}
     check_kinds(workdir, FILES, (folder.name for folder in folders.values()))
@@ -70,26 +69,25 @@ def compare(
                 check_kinds(folder := folders[entry.name] / f"seed-{seed}")
                 if history := read_history(folder):
                     notes = check_unchanged(entry.configure(config, seed), folder)
-                    if jax.process_index() == 0 and _finished(history, config):  # the others' are told when they go on
+                    if jax.process_index() == 0 and finished(history, config):  # the others' are told when they go on
                         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+
+        def size(run: Run, wanted: int) -> int:
+            return vmap or seeds_that_fit(run, wanted)
 
         histories: Histories = {}
         for entry in entries:
             folder = folders[entry.name]
-            _train_entry(entry.name, entry.configure(config, config.seed), seeds, folder, vmap)
+            train_entry(entry.name, entry.configure(config, config.seed), seeds, folder, size, train_group)
             histories[entry.name] = {seed: _whole(folder / f"seed-{seed}", config) for seed in seeds}
             write_report(workdir, histories, command)
         return histories
 
 
-def _finished(history: History, config: ConfigDict) -> bool:
-    return bool(history) and history[-1].get("epoch", 0) >= config.epochs
-
-
 def _whole(folder: pathlib.Path, config: ConfigDict) -> list[dict[str, Any]]:
     """The records of a finished run; ValueError where what the report needs is not in them."""
     history = read_history(folder)
-    lacking = [] if _finished(history, config) else [f"the record of epoch {config.epochs}"]
+    lacking = [] if finished(history, config) else ["the record of the last epoch"]
     for key in ("epoch", "seconds"):
         lacking += [f"{key} at step {record['step']}" for record in history if record.get(key) is None]
     lacking += [] if lacking or history[-1].get("eval_top1") is not None else ["eval_top1 in its last record"]
@@ -101,16 +99,27 @@ def _whole(folder: pathlib.Path, config: ConfigDict) -> list[dict[str, Any]]:
     return history
 
 
-def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pathlib.Path, vmap: int) -> None:
-    """Trains those of the seeds that are not finished: the groups under way first, then new ones."""
+def train_entry(
+    name: str,
+    config: ConfigDict,
+    seeds: Iterable[int],
+    folder: pathlib.Path,
+    size: Callable[[Run, int], int],
+    train_group: Callable[[Run, str, range, pathlib.Path], object],
+) -> None:
+    """Trains those of the seeds that are not finished: the groups under way first, then new ones.
+
+    ``size`` says how many seeds of a run, of those wanted, are trained at a time; ``train_group`` trains them, as the
+    function of that name.
+    """
 
     def unfinished(some: Iterable[int]) -> list[int]:
-        return [seed for seed in some if not _finished(read_history(folder / f"seed-{seed}"), config)]
+        return [seed for seed in some if not finished(read_history(folder / f"seed-{seed}"), config)]
 
     def under_way(group: range) -> bool:
         if unfinished(group):
             return True
-        with Checkpoints(_group_folder(folder, group) / "checkpoints", keep=1, read_only=True) as checkpoints:
+        with Checkpoints(group_folder(folder, group) / "checkpoints", keep=1, read_only=True) as checkpoints:
             newest = checkpoints.latest_step
         # A kill can come between the last line of the records and the last checkpoint.
         return newest is not None and newest < read_history(folder / f"seed-{group[0]}")[-1]["step"]
@@ -124,30 +133,37 @@ def _train_entry(name: str, config: ConfigDict, seeds: Iterable[int], folder: pa
 
     run = build(config)
     if rest.size:
-        size = vmap or seeds_that_fit(run, rest.size)
+        most = size(run, rest.size)
         for consecutive in np.split(rest, np.flatnonzero(np.diff(rest) > 1) + 1):
             groups += [
-                range(part[0], part[-1] + 1) for part in np.array_split(consecutive, -(-consecutive.size // size))
+                range(part[0], part[-1] + 1) for part in np.array_split(consecutive, -(-consecutive.size // most))
             ]
     for group in groups:
-        _train_group(run, name, group, folder)
+        train_group(run, name, group, folder)
 
 
-def _group_folder(folder: pathlib.Path, seeds: range) -> pathlib.Path:
+def group_folder(folder: pathlib.Path, seeds: range) -> pathlib.Path:
+    """Where the checkpoints are of consecutive seeds that are trained together."""
     return folder / f"seeds-{seeds[0]}-{seeds[-1]}"
 
 
-def _train_group(run: Run, name: str, seeds: range, folder: pathlib.Path) -> None:
-    """Trains consecutive seeds as one program, with one checkpoint; the record of each is in a folder of its own."""
+def train_group(
+    run: Run, name: str, seeds: range, folder: pathlib.Path, until: Callable[[bool, bool], bool] | None = None
+) -> list[list[Figures]]:
+    """Trains consecutive seeds as one program, with one checkpoint; the record of each is in a folder of its own.
+
+    ``until`` and the records that are returned are those of `train`.
+    """
     who = f"{name}, seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{name}, seed {seeds[0]}"
-    train(run.with_seeds(seeds), _group_folder(folder, seeds), [folder / f"seed-{seed}" for seed in seeds], who)
+    folders = [folder / f"seed-{seed}" for seed in seeds]
+    return train(run.with_seeds(seeds), group_folder(folder, seeds), folders, who, until)
 
 
 def seeds_that_fit(run: Run, wanted: int) -> int:
     """How many seeds to train at a time: all that are ``wanted`` on a CPU, elsewhere as many as fit into its memory."""
     device = jax.local_devices()[0]
     limits = device.memory_stats() if device.platform != "cpu" else None
-    if not limits or "bytes_limit" not in limits:
+    if wanted == 1 or not limits or "bytes_limit" not in limits:
         return wanted
     run.load()  # what is measured below is what the data leaves
     memory = run.lower().compile().memory_analysis()

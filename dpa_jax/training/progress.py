@@ -27,10 +27,14 @@ class Progress:
         *,
         every: float = 30.0,
         name: str = "",
+        unit: str = "images",
         stream: TextIO | None = None,
     ) -> None:
-        """Of a run with ``batch_size`` images a step; every line to the stream (None: stderr) begins with its name."""
-        self._epochs, self._batch_size, self._every = epochs, batch_size, every
+        """Of a run with ``batch_size`` examples a step, of which ``unit`` is the plural.
+
+        Every line to the stream (None: stderr) begins with the run's name.
+        """
+        self._epochs, self._batch_size, self._every, self._unit = epochs, batch_size, every, unit
         self._name = f"{name}: " if name else ""
         self._stream: TextIO | None = sys.stderr if stream is None else stream
         self._silent = jax.process_index() != 0 or self._stream is None  # Python's, where it is closed
@@ -42,8 +46,8 @@ class Progress:
         """Begins an epoch, or what is left of it: after ``first_step`` steps of the run, up to ``last_step``."""
         self._label = f"epoch {epoch}/{self._epochs}"
         self._step, self._last = first_step, last_step
-        # Speed is measured from here, and from the end of the first step on: that may wait for the compiler.
-        self._since, self._measured = (first_step, time.monotonic()), False
+        # Speed is measured from here, or from the first update on where that waits for the compiler.
+        self._since, self._measured = (first_step, time.monotonic()), self._compiled
         self._shown = self._since[1]
         waits = "" if self._compiled else "compiling the training step"
         if not self._silent and self._stream is not None and self._stream.isatty():
@@ -76,7 +80,7 @@ class Progress:
         if compiled:
             parts.append(f"compiled in {tqdm.format_interval(now - begin)}")
         else:
-            parts.append(f"{self.images_per_second:,.0f} images/s")
+            parts.append(f"{self.images_per_second:,.0f} {self._unit}/s")
             if rate > 0 and step < self._last:
                 parts.append(f"{tqdm.format_interval((self._last - step) / rate)} left")
         figures = ", ".join(parts)

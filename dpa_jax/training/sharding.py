@@ -30,6 +30,16 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def known(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which mechanisms know the mesh, and so how the batch is spread, while it is traced."""
+
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     """Of what every device has all of."""
     return NamedSharding(mesh, PartitionSpec())

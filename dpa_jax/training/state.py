@@ -53,6 +53,10 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     dnrt = config.mechanism == "dnrt"
     name, arr = ("raa", {"arr": True}) if dnrt else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
+    if lacking := data_options.keys() - inspect.signature(model).parameters:
+        raise ValueError(
+            f"config: model {config.model!r} does not take data {config.data.name!r}: it has no {min(lacking)}"
+        )
     given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
     if "remat" in inspect.signature(model).parameters:
         given["remat"] = config.remat

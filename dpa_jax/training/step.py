@@ -115,17 +115,19 @@ class Evaluation:
 
 
 def make_eval_step(
-    model: nn.Module, transform: Callable[[Batch], jax.Array]
-) -> Callable[[dict[str, Any], Batch], Evaluation]:
-    """The evaluation of one batch: (variables, batch) -> Evaluation; ``transform`` makes the model's inputs of a batch.
+    model: nn.Module, transform: Callable[[Batch], jax.Array], scores: bool = False
+) -> Callable[[dict[str, Any], Batch], tuple[Evaluation, list[tuple[jax.Array, jax.Array]]]]:
+    """The evaluation of one batch: (variables, batch) -> (Evaluation, scores).
 
-    The evaluations of a split's batches are added up with ``jax.tree.map(jnp.add, ...)``.
+    ``transform`` makes the model's inputs of a batch. The evaluations of a split's batches are added up with
+    ``jax.tree.map(jnp.add, ...)``. The list of scores has one entry, (logits [B, K], labels [B]), or none where
+    ``scores`` is not set.
     """
 
-    def eval_step(variables: dict[str, Any], batch: Batch) -> Evaluation:
+    def eval_step(variables: dict[str, Any], batch: Batch) -> tuple[Evaluation, list[tuple[jax.Array, jax.Array]]]:
         logits, mutated = model.apply(variables, transform(batch), batch.labels, mutable=[RECORDS])
         terms = {"cross_entropy": Ratio(*cross_entropy(logits, batch.labels)), **summarize(mutated).terms}
-        return Evaluation(Classification.of(logits, batch.labels), terms)
+        return Evaluation(Classification.of(logits, batch.labels), terms), [(logits, batch.labels)] * scores
 
     return eval_step
 

@@ -32,11 +32,11 @@ class MemoryFeed(BaseFeed):
         mesh: Mesh,
         batch_size: int,
         config: ConfigDict,
-        training: bool,
+        split: str,
         inputs: Any = None,
         decode: Callable[[Any], ArraySplit] = lambda split: split,
     ):
-        super().__init__(source, mesh, batch_size, config, training, inputs)
+        super().__init__(source, mesh, batch_size, config, split, inputs)
         self.resident = config.data.resident
         if self.resident == "auto":
             leaves = jax.tree.leaves(self.inputs)
@@ -58,6 +58,30 @@ class MemoryFeed(BaseFeed):
     def load(self) -> ArraySplit:
         """Reads the examples, puts them on the devices where they wait there, and returns them; again: only that."""
         return self._stored()[0]
+
+    @property
+    def waiting(self) -> Any:
+        """The inputs of all examples, where they wait on the devices."""
+        return self._stored()[1]
+
+    def order(self, step: int, count: int, length: int) -> Batch:
+        """The batches of ``count`` 0-based steps from one on, without their inputs: arrays [length, B], padded with 0.
+
+        `take` makes the whole batch of a row.
+        """
+        numbers = np.zeros((3, length, self.batch_size), np.int32)
+        for row in range(count):
+            index, epoch = self.sampler.indices(step + row)
+            numbers[:, row] = self.split.labels[index], index, epoch
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+        labels, indices, epochs = (put(array.shape, sharding, lambda at, a=array: a[at]) for array in numbers)
+        return Batch(None, labels, indices, epochs)
+
+    def take(self, waiting: Any, order: Batch, row: jax.typing.ArrayLike) -> Batch:
+        """The batch in a row of an `order`, within a compiled program."""
+        labels, index, epoch = (array[row] for array in order[1:])
+        inputs = jax.lax.with_sharding_constraint(_gather(waiting, index), self._sharded)
+        return Batch(inputs, labels, index, epoch)
 
     def train(self, step: int) -> Batch:
         """The batch of a 0-based training step."""
