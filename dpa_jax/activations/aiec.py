@@ -1,5 +1,6 @@
 """AIEC: Activation with Intrinsic-Extrinsic Consensus (Qiu et al., ICML 2026)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +13,20 @@ from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
 from dpa_jax.checks import INT32, check_range, check_sizes
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def above(x: jax.Array, tau: float) -> jax.Array:
+    """``x`` where it is not at most ``tau``, at least 0, and 0 elsewhere."""
+    return jnp.where(x <= tau, jnp.zeros((), x.dtype), x)
+
+
+@above.defjvp
+def _above_jvp(tau, primals, tangents):
+    # By the output, which the next layer keeps anyway: the input need not be kept for the gradient.
+    (x,), (x_dot,) = primals, tangents
+    y = above(x, tau)
+    return y, jnp.where(y <= 0, jnp.zeros((), x_dot.dtype), x_dot)
 
 
 class AIEC(Mechanism):
@@ -71,7 +86,7 @@ class AIEC(Mechanism):
 
     def plain(self, x: jax.Array) -> jax.Array:
         """The threshold: 0 where ``x <= tau``, ``x`` elsewhere, and the gradient likewise."""
-        return jnp.where(x <= self.tau, jnp.zeros((), x.dtype), x)
+        return above(x, self.tau)
 
     def observe(self, x: jax.Array, labels: jax.Array, state: State, train: bool, pool: Pool) -> Observed:
         """As `Mechanism.observe`. Seen are pooled outputs [B, C] and the layer's own decision [B, K], with gradient.

@@ -167,8 +167,8 @@ def compile_step(run: Run) -> Cost:
 
 
 def _compiled(run: Run) -> jax.stages.Compiled:
-    # XLA can't read back its own programs for TPUs in which a SparseCore sorts (jaxlib 0.10.2).
-    tpu: dict[str, str | bool] = {"xla_tpu_enable_offloading_sort_to_sparsecore": False}
+    # XLA can't read back its own programs for TPUs in which a SparseCore scatters (jaxlib 0.10.2).
+    tpu: dict[str, str | bool] = {"xla_tpu_enable_offloading_scatter_to_sparsecore": False}
     return run.lower().compile(compiler_options=tpu if run.devices[0].platform == "tpu" else None)
 
 
