@@ -71,7 +71,7 @@ class Peer:
         torch = self.torch
         if self.data is None:
             images = torch.from_numpy(np.asarray(batch.inputs).transpose(0, 3, 1, 2).copy()).to(self.device)
-            self.data = images, torch.from_numpy(np.asarray(batch.labels)).long().to(self.device)
+            self.data = images, torch.from_numpy(np.array(batch.labels)).long().to(self.device)
         images, labels = self.data
         with torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             loss = torch.nn.functional.cross_entropy(self.model(images.float() / 255), labels)
@@ -100,29 +100,27 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, Python {platform.python_version()}, {args.precision}, "
           f"batch {args.batch_size}, {args.rounds} rounds of 5 steps")  # fmt: skip
-    rates = [matmul_rate(args.precision, args.matmul_size)]
-    rows, models, mechanisms = [], args.models.split(","), args.mechanisms.split(",")
+    print("| model | program | step, ms | images/s | GFLOP | floor, ms | floor / step |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    rows, rate = [], 0.0
+    models, mechanisms = args.models.split(","), args.mechanisms.split(",")
     for args.model in models:
+        rate = max(rate, matmul_rate(args.precision, args.matmul_size))
         batch = jax.device_put(random_batch(args))
         programs = {name: prepare(name, args, batch) for name in mechanisms}
         counts = {name: flops(name, args, batch) for name in mechanisms}
         if args.peer:
             programs["PyTorch, relu"] = (Peer(args), 0, 0.0, None)
         for name, seconds in interleave(programs, batch, args.rounds).items():
-            median = statistics.median(seconds)
-            rows.append({"model": args.model, "program": name, "images_per_second": args.batch_size / median})
-            rows[-1] |= {"step_ms": 1e3 * median, "gflop": counts[name] / 1e9 if name in counts else None}
-    rates.append(matmul_rate(args.precision, args.matmul_size))  # before and after: others may use the machine
-    rate = max(rates)
-    print(f"one matrix product of {args.matmul_size}: {rate / 1e9:,.0f} GFLOP/s\n")
-    print("| model | program | step, ms | images/s | GFLOP | floor, ms | floor / step |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    for row in rows:
-        cells = [row["model"], row["program"], f"{row['step_ms']:,.1f}", f"{row['images_per_second']:,.0f}"]
-        if row["gflop"] is not None:
-            row["floor_ms"] = 1e12 * row["gflop"] / rate
-            cells += [f"{row['gflop']:,.1f}", f"{row['floor_ms']:,.1f}", f"{row['floor_ms'] / row['step_ms']:.2f}"]
-        print(f"| {' | '.join(cells)} |" if len(cells) > 4 else f"| {' | '.join([*cells, '', '', ''])} |")
+            step = 1e3 * statistics.median(seconds)
+            gflop = counts[name] / 1e9 if name in counts else None
+            floor = None if gflop is None else 1e12 * gflop / rate
+            row = {"step_ms": step, "images_per_second": 1e3 * args.batch_size / step, "gflop": gflop}
+            rows.append({"model": args.model, "program": name, **row, "floor_ms": floor})
+            account = ["", "", ""] if floor is None else [f"{gflop:,.1f}", f"{floor:,.1f}", f"{floor / step:.2f}"]
+            cells = [args.model, name, f"{step:,.1f}", f"{1e3 * args.batch_size / step:,.0f}", *account]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"one matrix product of {args.matmul_size}: {rate / 1e9:,.0f} GFLOP/s")
     if args.json:
         with open(args.json, "w") as file:
             given = {name: value for name, value in vars(args).items() if name not in ("model", "json")}

@@ -162,7 +162,10 @@ class _Slice:
     def _train_group(self, run: Run, name: str, seeds: range, folder: pathlib.Path) -> None:
         group = run.with_seeds(seeds)
         reserve = 5 + _bytes(group) / 20e6  # for the last checkpoint and the bundle
-        compiles = self._known("compile_seconds", name, len(seeds)) or 0.0
+        others = [
+            known.get("compile_seconds", 0.0) for known in self.index.get("speeds", {}).get(self.device, {}).values()
+        ]
+        compiles = self._known("compile_seconds", name, len(seeds)) or max(others, default=0.0)
         last = self.deadline - reserve
         while True:
             # The first of a call is tried in any case: what is known may be of a busier hour.
