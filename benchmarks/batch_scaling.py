@@ -23,7 +23,7 @@ from dpa_jax.activations import memory
 def update(forward, backward, values, signs, labels, momentum=0.9):
     """All that a DPA does with its memories in one updating step."""
     weights = memory.update_weights(labels, forward.shape[0], momentum)
-    rows = memory.prefix_means(memory.recall(forward, labels), values, labels, momentum)
+    (rows,) = memory.prefix_means(memory.recall(forward, labels)[None], values[None], labels[None], momentum)
     mask = (rows < 0) & (memory.recall(backward, labels) < 0) & (values > 0)
     penalty = jnp.sum(jnp.where(mask, values**2, 0)) / jnp.maximum(jnp.sum(mask), 1)
     return (

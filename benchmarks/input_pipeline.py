@@ -174,7 +174,7 @@ def measure_host(args: argparse.Namespace) -> dict[str, float]:
         source = open_source(config.data)
         for workers in map(int, args.workers.split(",")):
             config.data.workers = workers
-            feed = make_feed(source, mesh, len(names), config, True)
+            feed = make_feed(source, mesh, len(names), config, "train")
             seconds = []
             for step in range(2 + 4 * args.rounds):
                 begin = time.perf_counter()

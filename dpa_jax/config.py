@@ -80,7 +80,7 @@ _jitter = _must(
 )
 
 
-_file = _must("the path of a file", lambda path: path.isprintable() and path[-1:] != "/")
+_path = _must("a path", str.isprintable)
 
 
 def _coefficients(path: str, coefficients: Mapping[str, Any]) -> None:
@@ -118,8 +118,9 @@ def _keys() -> dict[str, Any]:
         ),
         "init_from": Key(
             "",
-            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with; empty: none.",
-            _file,
+            "A file of PyTorch's weights for the model, .pth or .safetensors, that a run begins with, or a Hugging "
+            "Face folder; empty: none.",
+            _path,
         ),
         "batch_size": Key(256, "Examples in a training batch, over all devices together.", _count(1)),
         "eval_batch_size": Key(256, "Examples in an evaluation batch, over all devices together.", _count(1)),
@@ -140,6 +141,18 @@ def _keys() -> dict[str, Any]:
             "What the model computes in, float32 or bfloat16. Parameters, memories and the loss are float32 always.",
             _one_of("float32", "bfloat16"),
         ),
+        "accumulate": Key(
+            1,
+            "Micro-batches that a training batch goes through the model in, one after the other: less memory for the "
+            "same step. What is not quite the same is in docs/training.md.",
+            _count(1),
+        ),
+        "remat": Key(
+            False,
+            "Transformers: what is in a block is computed again for its gradient, instead of kept: less memory, more "
+            "work.",
+            changes_figures=False,
+        ),
         "sharding": Key(
             "data",
             "What the devices share: data (the batches alone), or fsdp (parameters, the optimiser's state and memories "
@@ -152,7 +165,10 @@ def _keys() -> dict[str, Any]:
             "name": Key("adamw", f"One of {', '.join(OPTIMIZERS)}.", _one_of(*OPTIMIZERS)),
             "learning_rate": Key(1e-3, "The highest rate; the schedule leads to it and down from it.", _positive),
             "weight_decay": Key(
-                0.05, "On every parameter: decoupled for adamw, added to the gradient for the others.", _range(0.0)
+                0.05, "On optimizer.decayed: decoupled for adamw, added to the gradient for the others.", _range(0.0)
+            ),
+            "decayed": Key(
+                "*", "Which parameters have weight decay: patterns of their paths between commas, such as head/*."
             ),
             "beta1": Key(0.9, "adamw, adam: decay of the running mean of gradients.", _decay),
             "beta2": Key(0.999, "adamw, adam, rmsprop: decay of the running mean of squared gradients.", _decay),
@@ -181,7 +197,9 @@ def _keys() -> dict[str, Any]:
             "name": Key(
                 "digits",
                 "The data set: digits, cifar10, cifar100, imagenet, imagenet100, folder, parquet, synthetic, or "
-                "tfds:NAME for a set that TFDS has prepared.",
+                "tfds:NAME for a set that TFDS has prepared; of texts r8, mr, 20news, or text:PATH for your "
+                "own; of graphs cora, citeseer, pubmed, dgraph, digits_graph, npz:PATH, and r8_graph, mr_graph, "
+                "20news_graph, text_graph:PATH of documents and their words.",
             ),
             "dir": Key("", "The folder to look in; empty: the usual places.", changes_figures=False),
             "download": Key(False, "Fetch what is missing.", changes_figures=False),
@@ -195,6 +213,12 @@ def _keys() -> dict[str, Any]:
                 "Where the images are kept: on the device, in the host's memory, or (auto) wherever they fit. Images "
                 "in files are cut with other draws on the device than on the host.",
                 _one_of("auto", "device", "host"),
+            ),
+            "max_length": Key(128, "Texts: the tokens of an example; longer texts are cut.", _count(3, MAX_SIZE)),
+            "vocab": Key(
+                "",
+                "Texts: the vocab.txt of the tokens, or a Hugging Face folder with one; empty: the words that occur "
+                "twice in the training documents.",
             ),
             "mean": Key((), "Per channel, of images scaled to [0, 1]; empty: the source's own.", _means),
             "std": Key((), "The standard deviation, likewise.", _deviations),
@@ -260,16 +284,26 @@ def _keys() -> dict[str, Any]:
             "keep": Key(
                 3, "How many of the latest checkpoints are kept, beside the best.", _count(1), changes_figures=False
             ),
+            "best": Key(
+                "top1",
+                "The figure that the best checkpoint has the highest of, such as top1 or auc: on the validation split "
+                "where there is one, else on the evaluation split.",
+                _one_of("top1", "top5", "recall", "precision", "f1", "auc"),
+                changes_figures=False,
+            ),
+            "every_epochs": Key(
+                1, "Epochs between checkpoints; there is one after the last.", _count(1), changes_figures=False
+            ),
             "every_steps": Key(
                 0, "Steps between checkpoints; 0: at the end of epochs only.", _count(0), changes_figures=False
             ),
-            "every_epochs": Key(
-                1,
-                "Epochs between checkpoints; there is always one after the last epoch.",
-                _count(1),
-                changes_figures=False,
-            ),
         },
+        "early_stopping": Key(
+            0,
+            "Stop when, after more than so many epochs, the loss on the validation split is above the mean of so many "
+            "epochs before it; 0: never.",
+            _count(0),
+        ),
         "eval_every_epochs": Key(1, "Epochs between evaluations; the last epoch is always followed by one.", _count(1)),
         "steps_per_dispatch": Key(
             0,

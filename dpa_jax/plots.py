@@ -1,5 +1,7 @@
 """Pictures of what runs measured."""
 
+import io
+import os
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +29,7 @@ _TRAIN_COLOUR, _RULE_COLOUR, _TEXT_COLOUR = "#9aa7b4", "#b8bec5", "#222222"
 _LEGEND_STYLE: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": _TEXT_COLOUR}
 
 
-def plot_curves(history: History, path: str | pathlib.Path) -> None:
+def plot_curves(history: History, path: str | os.PathLike[str]) -> None:
     """Draws a run's loss and top-1 over its epochs, and masked channels and learning rate where they were recorded.
 
     Raises ValueError if there is no record with an ``epoch``.
@@ -45,10 +47,17 @@ def plot_curves(history: History, path: str | pathlib.Path) -> None:
     figure = _panels(panels, draw)
     first = figure.axes[0]
     first.legend(*first.get_legend_handles_labels(), **_LEGEND_STYLE)
-    figure.savefig(path)
+    _save(figure, path)
 
 
-def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.Path) -> None:
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a picture in the format that its name says, also to a path in a bucket, which has `write_bytes`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=pathlib.PurePath(path).suffix[1:] or "png")
+    (path if hasattr(path, "write_bytes") else pathlib.Path(path)).write_bytes(picture.getvalue())
+
+
+def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | os.PathLike[str]) -> None:
     """Draws means over the runs of each name as lines, and one standard deviation (n - 1) to either side as bands.
 
     Raises ValueError if there is no record with an ``epoch``.
@@ -69,14 +78,14 @@ def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | pathlib.P
     figure = _panels([title for title, key in _COMPARISON_PANELS.items() if key in recorded], draw, legend=0.3)
     place = {"loc": "outside lower center", "ncols": min(len(lines), 6)}
     figure.legend(lines.values(), lines.keys(), **place, **_LEGEND_STYLE)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def plot_table(
     title: str,
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
-    path: str | pathlib.Path,
+    path: str | os.PathLike[str],
     curves: bool = True,
 ) -> None:
     """Draws a table: a line above and below, one under the head, and before each row the colour of its curve, if any.
@@ -106,7 +115,7 @@ def plot_table(
             axes.plot([-0.1], [top - 0.13], marker="o", markersize=3, color=_COLOURS[place % len(_COLOURS)])
     for y in (tops[1], tops[2], tops[2] - 0.27 * len(rows)):
         axes.plot([-0.15, right[-1] + 0.05], [y, y], color=_RULE_COLOUR, linewidth=0.8)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _recorded(histories: Iterable[History]) -> set[str]:

@@ -4,7 +4,6 @@ With --compile_only it compiles the training step and says what that costs: docs
 """
 
 import contextlib
-import pathlib
 import sys
 
 from absl import flags
@@ -36,8 +35,8 @@ def _define_host_flags(options: flags.FlagValues) -> None:
     flags.DEFINE_bool("distributed", False, "Join the other processes of a run on several hosts.", flag_values=options)
     coordinator = "HOST:PORT of process 0. Like the next two, for --distributed where no cluster says it."
     flags.DEFINE_string("coordinator", None, coordinator, flag_values=options)
-    flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
-    flags.DEFINE_integer("process", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1, flag_values=options)
+    flags.DEFINE_integer("process_id", None, "The number of this one, from 0.", lower_bound=0, flag_values=options)
     wait = "How long the processes wait for each other at the start."
     flags.DEFINE_integer("join_seconds", 60, wait, lower_bound=1, flag_values=options)
 
@@ -54,16 +53,21 @@ def _hosts(argv: list[str]) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     from dpa_jax.training.hosts import Hosts
 
-    return Hosts(options.coordinator, options.processes, options.process, options.join_seconds)
+    return Hosts(options.coordinator, options.num_processes, options.process_id, options.join_seconds)
 
 
 def _train(options: flags.FlagValues) -> None:
     # Imported here, since the loader's worker processes import this module when it is the program.
+    import jax
+
     from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.compiled import keep_compiled
+    from dpa_jax.training.folder import folder_of
     from dpa_jax.training.loop import NonFiniteError, evaluate, train_and_evaluate
 
-    if not options.distributed and (options.coordinator, options.processes, options.process) != (None, None, None):
-        raise ValueError("--coordinator, --processes and --process are for --distributed; it is missing")
+    by_hand = (options.coordinator, options.num_processes, options.process_id)
+    if not options.distributed and by_hand != (None, None, None):
+        raise ValueError("--coordinator, --num_processes and --process_id are for --distributed; it is missing")
     if options.compile_only:
         if options.eval or options.distributed:
             raise ValueError("--compile_only trains and evaluates nothing; leave out --eval and --distributed")
@@ -73,13 +77,16 @@ def _train(options: flags.FlagValues) -> None:
         return
     if (options.topology, options.json) != (None, None):
         raise ValueError("--topology and --json are for --compile_only; it is missing")
-    workdir = pathlib.Path(options.workdir or command_line.default_workdir(options))
+    workdir = folder_of(options.workdir or command_line.default_workdir(options))
+    keep_compiled()
     try:
         if options.eval:
-            command_line.tell(_table(evaluate(options.config, workdir)))
+            said = _table(evaluate(options.config, workdir))
         else:
             train_and_evaluate(options.config, workdir)
-            command_line.tell(f"curves, metrics and checkpoints are in {workdir}")
+            said = f"curves, metrics and checkpoints are in {workdir}"
+        if jax.process_index() == 0:
+            command_line.tell(said)
     except (NonFiniteError, DamagedCheckpointError) as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,7 @@
 """What several test files share: a configuration that trains in seconds, a user's training step, what a run tells."""
 
 import re
+import socket
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,13 @@ def tiny_config(**changes):
             group = group[part]
         group[name] = value
     return config
+
+
+def free_port():
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Seen(NamedTuple):

@@ -290,7 +290,8 @@ def test_help_has_our_flags_and_every_key_with_its_value_and_meaning(capsys, mon
     out = printed(capsys, "--help", "--config.epochs=12")
     assert out == printed(capsys, "-h", "--config.epochs=12", "--config", "digits_vit")
     listed = dict(re.findall(r"^  (--\S+).*\n +(\S.*)$", out, re.MULTILINE))
-    for flag in ("config=NAME", "config.KEY=VALUE", "workdir=TEXT", "eval", "processes=N", "print_config", "helpfull"):
+    flags = ("config=NAME", "config.KEY=VALUE", "workdir=TEXT", "eval", "num_processes=N", "print_config", "helpfull")
+    for flag in flags:
         assert f"--{flag}" in listed, flag
     assert listed["--config=NAME"].endswith("imagenet_vit (default: digits_vit).")
     assert "undefok" not in out

@@ -76,7 +76,7 @@ class AIEC(Mechanism):
     def observe(self, x: jax.Array, labels: jax.Array, state: State, train: bool, pool: Pool) -> Observed:
         """As `Mechanism.observe`. Seen are pooled outputs [B, C] and the layer's own decision [B, K], with gradient.
 
-        ``irrelevant`` [K, C] bool are the channels that both views find irrelevant to a class.
+        ``irrelevant`` [B, C] bool are the channels that both views find irrelevant to a sample's class; False without.
         """
         y, weights = self.plain(x), state["decision_weights"]
         values, labels = mem.taking_part(pool(y), labels, self.num_classes)
@@ -89,6 +89,8 @@ class AIEC(Mechanism):
             counters = {name: old + jnp.where(step == 0, counted[name], 0) for name, old in counters.items()}
         # The sign of (active - inhibited) / total, of which the total is positive.
         irrelevant = (counters["active"] <= counters["inhibited"]) & (weights <= 0)
+        # By sample and not by class: small on each of many devices, and in the loop of a model over its blocks.
+        irrelevant = mem.recall(irrelevant, labels)
         seen = {"values": values, "logits": logits, "irrelevant": irrelevant, "labels": labels}
         return y, {**counters, "step": step}, seen
 
@@ -103,17 +105,12 @@ class AIEC(Mechanism):
             entropies = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             samples = jnp.sum(labelled, dtype=jnp.float32)
             aux += Ratio(jnp.sum(jnp.where(labelled, entropies, 0.0)), samples).share(axis_name)
-            mask = consensus_mask(record)
+            mask = record.seen["irrelevant"]
             count = jnp.sum(mask, dtype=jnp.float32)
             total = jnp.sum(jnp.where(mask, jnp.square(values), 0.0))
             gate += Ratio(total, count).share(axis_name)
             masked += Ratio(count, samples * values.shape[-1]).share(axis_name)
         return Summary(terms={"aux": aux, "gate": gate}, figures={"masked_fraction": masked})
-
-
-def consensus_mask(record: Record) -> jax.Array:
-    """The channels irrelevant to each sample's class, [L, B, C] bool of a record of L layers; False if unlabelled."""
-    return jax.vmap(mem.recall)(record.seen["irrelevant"], record.seen["labels"])
 
 
 def count_activity(

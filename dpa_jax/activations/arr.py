@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dpa_jax.activations import memory as mem
 from dpa_jax.activations.mechanism import Mechanism, Observed, Pool, State, Variable
 from dpa_jax.activations.penalties import Ratio, Record, Summary
+from dpa_jax.activations.sharding import SAMPLES, WHOLE, by_shards
 from dpa_jax.checks import INT32, check_range, check_sizes
 
 
@@ -113,30 +114,32 @@ def response_steps(
     first sample and 0 for one that is passed over; the weights of the batch as a whole; the new count.
     """
     num_classes = count.shape[0]
-    labels = mem.gather_labels(labels, axis_name)
-    valid = mem.valid_labels(labels, num_classes)
-    labels = jnp.where(valid, labels, num_classes)
-    ranks, in_batch = mem.class_ranks(labels, num_classes)
-    in_batch = in_batch[:num_classes]
-    new_count = count + in_batch
 
     def entered(samples):
         return -(-samples // update_interval)
 
-    before = mem.recall(count, labels)
-    number = before + ranks
-    enters = valid & (number % update_interval == 0)
-    decay = 1.0 - momentum
-    first = number == 0
-    gain = jnp.where(enters, jnp.where(first, 1.0, momentum), 0.0)
-    keep = jnp.where(enters, jnp.where(first, 0.0, decay), 1.0)
-    later = entered(mem.recall(new_count, labels)) - entered(number + 1)
-    weights = gain * jnp.power(decay, later.astype(jnp.float32))
-    # An unseen class's row is zero, so what is kept of it does not matter.
-    kept = jnp.power(decay, (entered(new_count) - entered(count)).astype(jnp.float32))
-    add = mem.weight_matrix(labels, weights, num_classes, axis_name)
-    steps = mem.own_part(keep, axis_name), mem.own_part(gain, axis_name)
-    return steps, mem.UpdateWeights(kept, add, axis_name), new_count
+    def steps_of(axis_name: str | tuple | None, labels: jax.Array, count: jax.Array) -> tuple[jax.Array, ...]:
+        valid = mem.valid_labels(labels, num_classes)
+        labels = jnp.where(valid, labels, num_classes)
+        ranks, in_batch = mem.class_ranks(labels, num_classes, axis_name)
+        new_count = count + in_batch[:num_classes]
+        number = mem.recall(count, labels) + ranks
+        enters = valid & (number % update_interval == 0)
+        decay = 1.0 - momentum
+        first = number == 0
+        gain = jnp.where(enters, jnp.where(first, 1.0, momentum), 0.0)
+        keep = jnp.where(enters, jnp.where(first, 0.0, decay), 1.0)
+        later = entered(mem.recall(new_count, labels)) - entered(number + 1)
+        weights = gain * jnp.power(decay, later.astype(jnp.float32))
+        # An unseen class's row is zero, so what is kept of it does not matter.
+        kept = jnp.power(decay, (entered(new_count) - entered(count)).astype(jnp.float32))
+        return keep, gain, kept, mem.weight_matrix(labels, weights, num_classes), new_count
+
+    in_specs, out_specs = (SAMPLES, WHOLE), (SAMPLES, SAMPLES, WHOLE, SAMPLES, WHOLE)
+    keep, gain, kept, add, new_count = by_shards(
+        steps_of, labels, count, axis_name=axis_name, in_specs=in_specs, out_specs=out_specs
+    )
+    return (keep, gain), mem.UpdateWeights(kept, add, axis_name), new_count
 
 
 def response_means(record: Record) -> jax.Array:
@@ -146,5 +149,6 @@ def response_means(record: Record) -> jax.Array:
         return seen["recalled"]
     keep, gain = seen["steps"]
     terms = gain[:, :, None] * jax.lax.stop_gradient(seen["values"])
-    prefix_rows = functools.partial(mem.prefix_rows, axis_name=record.settings.axis_name)
-    return jax.vmap(prefix_rows)(seen["recalled"], keep, terms, seen["labels"])
+    axis_name = record.settings.axis_name
+    labels = jax.vmap(functools.partial(mem.gather_labels, axis_name=axis_name))(seen["labels"])
+    return mem.prefix_rows(seen["recalled"], keep, terms, labels, axis_name)

@@ -147,10 +147,11 @@ def joint_mask(record: Record) -> jax.Array:
     """The channels that have nothing to do with a sample's class, [L, B, C] bool of L layers; False if unlabelled."""
     act, seen = record.settings, record.seen
     values = jax.lax.stop_gradient(seen["values"])
+    # Outside of the conditional, so that it may go with the exchanges of the layers' own updates.
+    labels = jax.vmap(functools.partial(mem.gather_labels, axis_name=act.axis_name))(seen["labels"])
 
     def after_own_update():
-        prefix_means = functools.partial(mem.prefix_means, momentum=act.momentum, axis_name=act.axis_name)
-        rows = jax.vmap(prefix_means)(seen["forward"], values, seen["labels"])
+        rows = mem.prefix_means(seen["forward"], values, labels, act.momentum, act.axis_name)
         return jnp.where(seen["update"][:, None, None], rows, seen["forward"])
 
     # Most steps update nothing and skip the scan; a conditional for each layer would cost more than it saves.

@@ -142,6 +142,7 @@ class Mechanism(nn.Module):
         *,
         pool: str | None = None,
         rows_per_sample: int = 1,
+        samples: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the activation and, given labels, takes part in the penalties.
 
@@ -154,6 +155,8 @@ class Mechanism(nn.Module):
                 asks for them.
             pool: as the attribute, where that is not set.
             rows_per_sample: R, where ``x`` has B * R rows, R after each other for each sample.
+            samples: int [M], the positions of the samples that memories and penalties are about, in ascending order;
+                positions from B on are none. None: all B, of which those that are labelled -1 cost as much as others.
 
         Raises:
             ValueError: for labels, inputs or memories whose shapes or dtypes do not fit, a collection that is missing
@@ -192,7 +195,7 @@ class Mechanism(nn.Module):
             return {key: variable.value for key, variable in stored.items()} | earlier.used
 
         recording = self.is_mutable_collection(RECORDS)
-        y, new, record = self.call(x, labels, train, recording, read, how, rows_per_sample)
+        y, new, record = self.call(x, labels, train, recording, read, how, rows_per_sample, samples)
         used = {}
         for key, value in new.items():
             collection = self.kept[key].collection
@@ -234,6 +237,7 @@ class Mechanism(nn.Module):
         read: Callable[[], State],
         pool: functools.partial[jax.Array],
         rows: int,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array], Record | None]:
         """`plain`, or `observe` with everything checked, whoever keeps the state; the first arguments are `__call__`'s.
 
@@ -256,10 +260,14 @@ class Mechanism(nn.Module):
                 pool = functools.partial(pool, sample_axes=labels.ndim)
             elif hasattr(self, "pool") and pool.keywords["how"] == "auto" and x.ndim == 3 and rows == 1:
                 warn_of_first_token(owner, x.shape[1])
+        of_x: Pool = pool
+        if chosen is not None and labels is not None:
+            labels = labels.reshape(samples).at[chosen].get(mode="fill", fill_value=-1)
+            samples, of_x = chosen.size, lambda array: pool(array).at[chosen].get(mode="fill", fill_value=0.0)
         state = {key: self._fitting(key, value, x.shape[-1]) for key, value in state.items()}
 
         def observe(x: jax.Array, labels: Any, state: State) -> Observed:
-            return self.observe(x, None if labels is None else labels.reshape(samples), state, train, pool)
+            return self.observe(x, None if labels is None else labels.reshape(samples), state, train, of_x)
 
         specs = functools.partial(_specs, x, state, rows, samples)
         y, new, seen = on_auto_axes(observe, x, labels, state, specs=specs)

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpa_jax.activations.sharding import LAYERS_SAMPLES, SAMPLES, WHOLE, by_shards
+
 POOLS = ("token", "mean", "none", "auto")
 NO_AXIS = (None, ())
 
@@ -63,8 +65,12 @@ def taking_part(values: jax.Array, labels: jax.Array, num_classes: int) -> tuple
     return jnp.where(part[:, None], values, 0.0), jnp.where(part, labels, -1)
 
 
-def gather_labels(labels: jax.Array, axis_name: str | tuple | None) -> jax.Array:
+def gather_labels(labels: jax.Array, axis_name: str | tuple | None = None) -> jax.Array:
     """The labels of the global batch, [B] -> [devices * B], the same array on every device."""
+    return by_shards(_gather_labels, labels, axis_name=axis_name, in_specs=(SAMPLES,), out_specs=WHOLE)
+
+
+def _gather_labels(axis_name: str | tuple | None, labels: jax.Array) -> jax.Array:
     if axis_name in NO_AXIS:
         return labels
     size = labels.shape[0]
@@ -72,14 +78,6 @@ def gather_labels(labels: jax.Array, axis_name: str | tuple | None) -> jax.Array
     places = jax.lax.dynamic_update_slice_in_dim(places, labels, jax.lax.axis_index(axis_name) * size, axis=0)
     # A sum and not all_gather: shard_map then knows that all devices have the same, and so the memories.
     return jax.lax.psum(places, axis_name)
-
-
-def own_part(gathered: jax.Array, axis_name: str | tuple | None) -> jax.Array:
-    """This device's samples of an array over the global batch: [devices * B, ...] -> [B, ...]."""
-    if axis_name in NO_AXIS:
-        return gathered
-    size = gathered.shape[0] // jax.lax.axis_size(axis_name)
-    return jax.lax.dynamic_slice_in_dim(gathered, jax.lax.axis_index(axis_name) * size, size, axis=0)
 
 
 def sum_devices(tree: Any, axis_name: str | tuple | None) -> Any:
@@ -99,16 +97,24 @@ class UpdateWeights:
     axis_name: str | tuple | None = struct.field(pytree_node=False, default=None)
 
 
-def class_ranks(labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def class_ranks(
+    labels: jax.Array, num_classes: int, axis_name: str | tuple | None = None
+) -> tuple[jax.Array, jax.Array]:
     """0-based rank of each sample among the earlier ones of its class [B], and the class counts [K + 1].
 
-    Samples without a valid label form class K.
+    Samples without a valid label are of class K. Over the devices of an axis, ranks and counts are the global batch's.
     """
-    counts = jnp.zeros(num_classes + 1, jnp.int32).at[labels].add(1)
+    none = jnp.zeros(num_classes + 1, jnp.int32)
+    counts = none.at[labels].add(1)
     starts = jnp.cumsum(counts) - counts
     # Where each sample stands once the batch is sorted by class; stable, so batch order holds within a class.
     position = jnp.argsort(jnp.argsort(labels, stable=True)).astype(jnp.int32)
-    return position - starts[labels], counts
+    ranks = position - starts[labels]
+    if axis_name in NO_AXIS:
+        return ranks, counts
+    everybody = _gather_labels(axis_name, labels)
+    earlier = jnp.arange(everybody.size) < jax.lax.axis_index(axis_name) * labels.size
+    return ranks + none.at[everybody].add(earlier.astype(jnp.int32))[labels], none.at[everybody].add(1)
 
 
 def valid_labels(labels: jax.Array, num_classes: int) -> jax.Array:
@@ -120,19 +126,22 @@ def update_weights(
     labels: jax.Array, num_classes: int, momentum: float, axis_name: str | tuple | None = None
 ) -> UpdateWeights:
     """The closed form's weights of labels [B], exact for repeated classes; linear in the batch but for a sort."""
-    labels = gather_labels(labels, axis_name)
-    labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
-    ranks, counts = class_ranks(labels, num_classes)
-    decay = 1.0 - momentum
-    later = counts[labels] - ranks - 1  # samples of the same class still to come
-    weights = momentum * jnp.power(decay, later.astype(jnp.float32))
-    keep = jnp.power(decay, counts[:num_classes].astype(jnp.float32))
-    return UpdateWeights(keep, weight_matrix(labels, weights, num_classes, axis_name), axis_name)
+
+    def weights_of(axis_name: str | tuple | None, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        labels = jnp.where(valid_labels(labels, num_classes), labels, num_classes)
+        ranks, counts = class_ranks(labels, num_classes, axis_name)
+        decay = 1.0 - momentum
+        later = counts[labels] - ranks - 1  # samples of the same class still to come
+        weights = momentum * jnp.power(decay, later.astype(jnp.float32))
+        keep = jnp.power(decay, counts[:num_classes].astype(jnp.float32))
+        return keep, weight_matrix(labels, weights, num_classes)
+
+    keep, add = by_shards(weights_of, labels, axis_name=axis_name, in_specs=(SAMPLES,), out_specs=(WHOLE, SAMPLES))
+    return UpdateWeights(keep, add, axis_name)
 
 
-def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int, axis_name: str | tuple | None) -> jax.Array:
-    """`UpdateWeights.add` [B, K] from the labels and the weights of the samples of the global batch."""
-    labels, weights = own_part(labels, axis_name), own_part(weights, axis_name)
+def weight_matrix(labels: jax.Array, weights: jax.Array, num_classes: int) -> jax.Array:
+    """`UpdateWeights.add` [B, K] from the labels and the weights of samples."""
     return jnp.where(labels[:, None] == jnp.arange(num_classes)[None, :], weights[:, None], 0.0)
 
 
@@ -151,38 +160,78 @@ def recall(memory: jax.Array, labels: jax.Array) -> jax.Array:
 def prefix_means(
     recalled: jax.Array, values: jax.Array, labels: jax.Array, momentum: float, axis_name: str | tuple | None = None
 ) -> jax.Array:
-    """Each sample's row of its class right after its own update, [B, C]; ``recalled`` are those before the batch."""
-    decay = jnp.full(labels.shape, 1.0 - momentum, jnp.float32)
+    """Each sample's row of its class right after its own update, as `prefix_rows` has them."""
+    decay = jnp.full(values.shape[:2], 1.0 - momentum, jnp.float32)
     return prefix_rows(recalled, decay, momentum * values, labels, axis_name)
 
 
 def prefix_rows(
     recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array, axis_name: str | tuple | None = None
 ) -> jax.Array:
-    """Each sample's row [B, C] right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
+    """Each sample's row right after its own step, ``row <- factor_i * row + term_i`` on the row of its class.
 
     A segmented linear recurrence over the batch sorted by class, as an associative scan: work linear in the
-    batch, depth logarithmic, no B x B matrix. ``recalled`` and ``terms`` are [B, C], ``factors`` and ``labels`` [B].
+    batch, depth logarithmic, no B x B matrix. Of L layers at once: ``terms``, ``recalled``, the rows before the batch,
+    and what is returned are [L, B, C], ``factors`` [L, B]. ``labels`` [L, B] are the global batch's (`gather_labels`):
+    over devices each scans all samples of its share of the channels.
     """
-    labels = gather_labels(labels, axis_name)
     if labels.size == 0:
         return recalled
-    order = jnp.argsort(labels, stable=True)
+    in_specs = (LAYERS_SAMPLES, LAYERS_SAMPLES, LAYERS_SAMPLES, WHOLE)
+    arguments = recalled, factors, terms, labels
+    return by_shards(_prefix_rows, *arguments, axis_name=axis_name, in_specs=in_specs, out_specs=LAYERS_SAMPLES)
+
+
+def _prefix_rows(
+    axis_name: str | tuple | None, recalled: jax.Array, factors: jax.Array, terms: jax.Array, labels: jax.Array
+) -> jax.Array:
+    places = jnp.broadcast_to(jnp.arange(labels.shape[1]), labels.shape)
+    in_order, order = jax.lax.sort_key_val(labels, places, is_stable=True)
+    first = jnp.concatenate([jnp.ones_like(labels[:, :1], bool), in_order[:, 1:] != in_order[:, :-1]], axis=1)
+    if axis_name in NO_AXIS:
+        back = jnp.argsort(order)
+        factors, terms = _started(jnp.take_along_axis(first, back, axis=1), recalled, factors, terms)
+        factors, terms = (jax.vmap(lambda array, order: array[order])(array, order) for array in (factors, terms))
+        return jax.vmap(lambda array, back: array[back])(_scan(factors, terms, axis=1), back)
+
+    devices, (layers, samples, channels) = jax.lax.axis_size(axis_name), terms.shape
+    # What is received is transposed: the i-th samples of all devices come after each other, then the next ones.
+    order = (order % samples) * devices + order // samples
     back = jnp.argsort(order)
-    in_order = labels[order]
-    first = jnp.concatenate([jnp.ones(1, bool), in_order[1:] != in_order[:-1]])
-    # A class's first sample starts from the memory, not from its neighbour.
-    first, factors = own_part(first[back], axis_name)[:, None], factors[:, None]
-    terms = terms + jnp.where(first, factors * recalled, 0.0)
-    factors = jnp.where(first, 0.0, factors)
-    if axis_name not in NO_AXIS:
-        factors, terms = jax.lax.all_gather((factors, terms), axis_name, tiled=True)
+    own = back.reshape(layers, samples, devices)[..., jax.lax.axis_index(axis_name)]
+    factors, terms = _started(jnp.take_along_axis(first, own, axis=1), recalled, factors, terms)
+    share = -(-channels // devices)
+    terms = jnp.pad(terms.reshape(-1, channels), ((0, 0), (0, share * devices - channels))).T
+    sent = jnp.concatenate([terms.reshape(devices, -1), jnp.tile(factors.reshape(1, -1), (devices, 1))], axis=1)
+    got = _exchange(sent, axis_name).T.reshape(share + 1, *labels.shape)
+    # Sorted, with the keys once for each row: with few channels TPUs do that faster than they gather.
+    got = jax.lax.sort_key_val(jnp.broadcast_to(back, got.shape), got)[1]
+    rows = _scan(got[share:], got[:share], axis=2)
+    rows = jax.lax.sort_key_val(jnp.broadcast_to(order, rows.shape), rows)[1]
+    rows = _exchange(rows.reshape(-1, devices).T, axis_name)
+    return rows.reshape(devices * share, -1)[:channels].T.reshape(recalled.shape)
+
+
+def _started(
+    first: jax.Array, recalled: jax.Array, factors: jax.Array, terms: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factors [L, B, 1] and terms where a class's first sample starts from the memory, not from its neighbour."""
+    first, factors = first[..., None], factors[..., None]
+    return jnp.where(first, 0.0, factors), terms + jnp.where(first, factors * recalled, 0.0)
+
+
+def _scan(factors: jax.Array, terms: jax.Array, axis: int) -> jax.Array:
+    """The rows of ``row <- factor * row + term`` along an axis, from a first factor of 0 on."""
 
     def compose(earlier, later):
         return earlier[0] * later[0], earlier[1] * later[0] + later[1]
 
-    _, rows = jax.lax.associative_scan(compose, (factors[order], terms[order]))
-    return own_part(rows[back], axis_name)
+    return jax.lax.associative_scan(compose, (factors, terms), axis=axis)[1]
+
+
+def _exchange(rows: jax.Array, axis_name: str | tuple) -> jax.Array:
+    """Sends the i-th of the rows [devices, n] to the i-th device; those received are in the order of the devices."""
+    return jax.lax.all_to_all(rows, axis_name, split_axis=0, concat_axis=0, tiled=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -131,6 +131,12 @@ def collections() -> tuple[str, ...]:
     return (*mutable_collections(), "backward_memory")
 
 
+def call_counters() -> set[tuple[str, str]]:
+    """The counters of training calls that mechanisms keep, (collection, name): their variables that are one integer."""
+    kept = [v for mechanism in mechanisms() for v in mechanism.kept.values() if v.collection != "params"]
+    return {(v.collection, v.name) for v in kept if v.axes == "" and jnp.issubdtype(v.dtype, jnp.integer)}
+
+
 def default_coefficients() -> dict[str, float]:
     """{penalty: its default weight in a loss} of every mechanism; these are the papers' for CIFAR-100."""
     return {name: value for mechanism in mechanisms() for name, value in mechanism.coefficients.items()}

@@ -19,13 +19,13 @@ from dpa_jax.campaign import bundle
 from dpa_jax.campaign.plan import Plan, Step, Table
 from dpa_jax.campaign.report import write_tables
 from dpa_jax.compare.report import Histories
-from dpa_jax.compare.run import finished, group_folder, seeds_that_fit, train_entry, train_group
+from dpa_jax.compare.run import group_folder, seeds_that_fit, train_entry, train_group
 from dpa_jax.training.checkpoint import Checkpoints, flatten
 from dpa_jax.training.continuation import check_unchanged
 from dpa_jax.training.folder import locked
 from dpa_jax.training.header import describe
 from dpa_jax.training.loop import NonFiniteError, Preempted
-from dpa_jax.training.record import read_history
+from dpa_jax.training.record import finished, read_history
 from dpa_jax.training.run import Run
 
 _SAVE_SECONDS = 180.0  # between bundles, while one group is trained

@@ -6,7 +6,6 @@ python -m dpa_jax.compare --config NAME [--mechanisms relu,gelu,dpa] [--seeds N]
 
 from __future__ import annotations
 
-import pathlib
 import shlex
 import sys
 
@@ -42,9 +41,12 @@ def _define_flags(options: flags.FlagValues) -> None:
 def _compare(options: flags.FlagValues, command: str) -> None:
     from dpa_jax.compare import compare, parse_entries
     from dpa_jax.training.checkpoint import DamagedCheckpointError
+    from dpa_jax.training.compiled import keep_compiled
+    from dpa_jax.training.folder import folder_of
     from dpa_jax.training.loop import NonFiniteError
 
-    workdir = pathlib.Path(options.workdir or command_line.default_workdir(options, "compare_"))
+    workdir = folder_of(options.workdir or command_line.default_workdir(options, "compare_"))
+    keep_compiled()
     try:
         entries = parse_entries(options.mechanisms, options.config)
         compare(options.config, entries, options.seeds, workdir, vmap=options.vmap, command=command)

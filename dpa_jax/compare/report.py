@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import pathlib
 import platform
@@ -79,10 +80,11 @@ def write_report(workdir: pathlib.Path, histories: Histories, command: str = "")
     text = json.dumps({"epochs": epochs, **measured, "results": results}, indent=1)
     (workdir / "results.json").write_text(text + "\n")
     (workdir / "table.md").write_text(_markdown(rows, epochs, measured))
-    with (workdir / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(Row)])
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, rows))
+    (workdir / "table.csv").write_bytes(table.getvalue().encode())
     title = f"eval top-1 (%) after {epochs} epochs"
     plot_table(title, _HEAD, [row.cells() for row in rows], workdir / "table.png")
     plot_comparison({name: list(runs.values()) for name, runs in histories.items()}, workdir / "curves.png")

@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 from dpa_jax.compare.entries import Entry
 from dpa_jax.compare.report import FILES, Histories, write_report
 from dpa_jax.config import MAX_SEED
-from dpa_jax.plots import History
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged
-from dpa_jax.training.folder import check_kinds, locked
+from dpa_jax.training.folder import check_kinds, folder_of, locked
 from dpa_jax.training.loop import train
-from dpa_jax.training.record import read_history
+from dpa_jax.training.record import finished, read_history
 from dpa_jax.training.run import Figures, Run, build
 
 # What a device must keep free beside the training step: the evaluation's buffers, and the allocator's gaps.
@@ -60,7 +59,7 @@ def compare(
         raise ValueError(f"a comparison needs at least 1 seed, and vmap at least 0; got {num_seeds} and {vmap}")
     if config.seed + num_seeds - 1 > MAX_SEED:
         raise ValueError(f"config: {num_seeds} seeds from seed {config.seed} on go beyond the last one, {MAX_SEED}")
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     seeds = range(config.seed, config.seed + num_seeds)
     folders = {entry.name: workdir / entry.name.replace(":", ",") for entry in entries}
     check_kinds(workdir, FILES, (folder.name for folder in folders.values()))
@@ -85,15 +84,10 @@ def compare(
         return histories
 
 
-def finished(history: History, config: ConfigDict) -> bool:
-    """Whether these are the records of a run that has come to its end."""
-    return bool(history) and history[-1].get("epoch", 0) >= config.epochs
-
-
 def _whole(folder: pathlib.Path, config: ConfigDict) -> list[dict[str, Any]]:
     """The records of a finished run; ValueError where what the report needs is not in them."""
     history = read_history(folder)
-    lacking = [] if finished(history, config) else [f"the record of epoch {config.epochs}"]
+    lacking = [] if finished(history, config) else ["the record of the last epoch"]
     for key in ("epoch", "seconds"):
         lacking += [f"{key} at step {record['step']}" for record in history if record.get(key) is None]
     lacking += [] if lacking or history[-1].get("eval_top1") is not None else ["eval_top1 in its last record"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dpa_jax.data.feeds.base import BaseFeed
 
 Shape = tuple[int | None, ...]
+SPLITS = ("train", "eval", "valid")
+"""The splits of a data set, in the order of `Source.load`; the last may be missing."""
 
 
 class Batch(NamedTuple):
@@ -78,7 +80,10 @@ class Spec:
       class_names: one a class, in the order of the labels.
       train_examples: the size of the training split.
       test_examples: that of the evaluation split.
-      metrics: what an evaluation reports.
+      splits: what is evaluated: the evaluation split, and a validation split where there is one.
+      auc: whether an evaluation reports the area under the ROC curve, too.
+      whole: whether the set is one example that every step sees whole, and whose parts the devices share.
+      unit: what an example is, in the plural.
 
     Raises:
       ValueError: another number of names than of classes, or a split without examples.
@@ -90,7 +95,10 @@ class Spec:
     class_names: tuple[str, ...]
     train_examples: int
     test_examples: int
-    metrics: str = "classification"
+    splits: tuple[str, ...] = ("eval",)
+    auc: bool = False
+    whole: bool = False
+    unit: str = "images"
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
@@ -107,6 +115,28 @@ class Spec:
         """The options of a model that follow from the data."""
         return {}
 
+    def example(self, inputs: Any) -> Any:
+        """The shapes of one example, of a batch of the model's inputs; to be compared with its `example_inputs`."""
+        import jax
+
+        return jax.tree.map(lambda leaf: leaf.shape[1:], inputs)
+
+    def describe(self) -> str:
+        """The set in a line."""
+        return (
+            f"{self.name}, {self.train_examples:,} training and {self.test_examples:,} evaluation examples, "
+            f"{self.num_classes:,} classes"
+        )
+
     def transforms(self, config: ConfigDict, train_feed: BaseFeed, eval_feed: BaseFeed) -> Transforms:
-        """What the training and the evaluation step of a run do to a batch that its feed gives."""
+        """What the training and the evaluation step of a run do to a batch that its feed gives: here nothing.
+
+        Raises:
+          ValueError: the configuration asks for an augmentation, which is for images.
+        """
+        from dpa_jax.config import default_config  # not above: it imports JAX
+
+        for key, value in default_config().augment.items():
+            if config.augment[key] != value:
+                raise ValueError(f"config: augment.{key} is for images, which data {self.name!r} has not; leave it out")
         return Transforms(train=lambda _, batch: batch.inputs, evaluate=lambda batch: batch.inputs)

@@ -8,8 +8,11 @@ import flax.linen as nn
 
 from dpa_jax.checks import INT32, add_factory, check_choice, check_options, check_sizes
 from dpa_jax.models.alexnet import AlexNet
+from dpa_jax.models.bert import Bert
 from dpa_jax.models.cait import CaiT
 from dpa_jax.models.deit import DeiT
+from dpa_jax.models.gcn import GCN
+from dpa_jax.models.graphsage import GraphSAGE
 from dpa_jax.models.mobilenet_v1 import MobileNetV1
 from dpa_jax.models.mobilenet_v2 import MobileNetV2
 from dpa_jax.models.pvt import PVT
@@ -21,16 +24,21 @@ from dpa_jax.models.vgg import VGG
 from dpa_jax.models.vit import ViT
 
 _LARGE: dict[str, Any] = {"image_size": 224, "small_images": False}  # the published form of convolutional networks
+_BERT_BASE: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": AlexNet,
     "alexnet_224": functools.partial(AlexNet, **_LARGE),
+    "bert": Bert,
+    "bert_base_uncased": functools.partial(Bert, intermediate_size=3072, **_BERT_BASE),
     "cait": CaiT,
     "cait_xxs24_patch4_32": functools.partial(CaiT, image_size=32, patch_size=4),
     "cait_xxs24_patch16_224": functools.partial(CaiT, image_size=224, patch_size=16),
     "deit": DeiT,
     "deit_tiny_patch4_32": functools.partial(DeiT, image_size=32, patch_size=4),
     "deit_tiny_patch16_224": functools.partial(DeiT, image_size=224, patch_size=16),
+    "gcn": GCN,
+    "graphsage": GraphSAGE,
     "mobilenet_v1": MobileNetV1,
     "mobilenet_v1_224": functools.partial(MobileNetV1, **_LARGE),
     "mobilenet_v2": MobileNetV2,
@@ -44,6 +52,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18_224": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), **_LARGE),
     "shufflenet_v2": ShuffleNetV2,
     "shufflenet_v2_224": functools.partial(ShuffleNetV2, **_LARGE),
+    "textgcn": functools.partial(GCN, hidden=200),
     "tnt": TNT,
     "tnt_small_patch4_32": functools.partial(TNT, image_size=32, patch_size=4, first_stride=1),
     "tnt_small_patch16_224": functools.partial(TNT, image_size=224, patch_size=16, first_stride=4),
@@ -90,5 +99,5 @@ def register(name: str, factory: Callable[..., nn.Module]) -> None:
     add_factory(MODELS, name, factory)
 
 
-__all__ = ["MODELS", "PVT", "VGG", "AlexNet", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet", "ShuffleNetV2"]
-__all__ += ["TNT", "ViT", "create", "register", "to_torch", "variables_from_torch"]
+__all__ = ["MODELS", "PVT", "VGG", "AlexNet", "Bert", "CaiT", "DeiT", "MobileNetV1", "MobileNetV2", "ResNet"]
+__all__ += ["TNT", "ShuffleNetV2", "ViT", "create", "register", "to_torch", "variables_from_torch"]

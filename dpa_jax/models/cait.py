@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from dpa_jax.checks import check_range, check_sizes
-from dpa_jax.models import layers
 from dpa_jax.models.transformer import Block, Isotropic, block_names, patches
 
 
@@ -45,13 +44,13 @@ class CaiT(Isotropic):
         x, placement = self.positioned(x, train), self.placement
         sizes = self.embed_dim, self.num_heads, self.mlp_ratio, placement
         settings = self.block(*sizes, "mean", {"talking_heads": True}, layer_scale=self.layer_scale)
-        blocks = layers.repeat(Block, self.depth, self.scan)(**settings, name="blocks")
+        blocks = self.repeated(Block, self.depth)(**settings, name="blocks")
         rates = jnp.full(self.depth, self.stochastic_depth, jnp.float32) if self.stochastic_depth else None
         x, _ = blocks(x, rates, labels, train)
 
         attention = {"first_only": True, "products": ("q", "k", "v")}
         settings = self.block(*sizes, "token", attention, layer_scale=self.layer_scale)
-        blocks = layers.repeat(Block, self.class_depth, self.scan, shared=3)(**settings, name="class_blocks")
+        blocks = self.repeated(Block, self.class_depth, shared=3)(**settings, name="class_blocks")
         token, _ = blocks(self.token(x, "class_token"), None, labels, train, x)
         placement.check("CaiT")
         return self.logits(token)

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dpa_jax.activations import Mechanism
 from dpa_jax.activations import activation as make_activation
@@ -22,11 +23,11 @@ Dense = functools.partial(nn.Dense, kernel_init=normal_init)
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
 
-class ImageModel(nn.Module):
-    """Base class of models that classify images: their common attributes and the check of their inputs.
+class Model(nn.Module):
+    """Base class of models that classify: the attributes that all have, and their checks.
 
-    They are called with normalised images [B, H, W, C], labels [B] for mechanisms (-1 leaves a sample out, None is
-    inference) and ``train``, and return logits [B, K] float32.
+    They are called as ``model(inputs, labels, train)``, with labels for mechanisms (-1 leaves a sample out, None is
+    inference), and return logits [..., K] float32. ``example_inputs`` are the shapes and dtypes of their inputs.
 
     Attributes:
         num_classes: K, the width of the logits.
@@ -35,14 +36,11 @@ class ImageModel(nn.Module):
         activation_places: where ``activation`` is put: ``"all"``, ``"last"`` (the last block of a CNN, as DPA's
             authors have it), or patterns of the activations' paths between commas, as `fnmatch` has them. A path is
             that of the variables, such as ``stage3_block1/activation2``.
-        image_size: height and width of the images, in pixels.
-        in_channels: channels of the images.
-        arr: whether an `ARR` follows every block or stage (DNRT).
+        arr: whether an `ARR` follows every block, layer or stage (DNRT).
         dtype: compute dtype; parameters, statistics and logits are float32.
 
     Raises:
-        ValueError: for a size that is no whole number from 1, for images of another shape, and for places that the
-            model does not have.
+        ValueError: for a size that is no whole number from 1, and for places that the model does not have.
         TypeError: for an activation that makes no modules.
     """
 
@@ -50,15 +48,12 @@ class ImageModel(nn.Module):
     activation: Callable[..., nn.Module] | None = None
     native: Callable[..., nn.Module] = make_activation("relu")
     activation_places: str = "all"
-    image_size: int = 32
-    in_channels: int = 3
     arr: bool = False
     dtype: Any = jnp.float32
 
     def __post_init__(self):
         owner = type(self).__name__
         check_sizes(owner, {"num_classes": self.num_classes}, high=INT32)
-        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
         check_makes_modules(owner, "native", self.native)
         if self.activation is not None:
             check_makes_modules(owner, "activation", self.activation)
@@ -82,6 +77,26 @@ class ImageModel(nn.Module):
         given = {"all": ("*",), "last": self.last_places}.get(self.activation_places)
         patterns = given or tuple(place.strip() for place in self.activation_places.split(","))
         return Placement(self.native, self.activation, patterns, self.path)
+
+
+class ImageModel(Model):
+    """Base class of models that classify images, normalised images [B, H, W, C], one label a sample.
+
+    Attributes (besides those of `Model`):
+        image_size: height and width of the images, in pixels.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: as `Model`, and for images of another shape.
+    """
+
+    image_size: int = 32
+    in_channels: int = 3
+
+    def __post_init__(self):
+        owner = type(self).__name__
+        check_sizes(owner, {"image_size": self.image_size, "in_channels": self.in_channels})
+        super().__post_init__()
 
     @property
     def example_inputs(self) -> jax.ShapeDtypeStruct:
@@ -169,13 +184,14 @@ class Placement:
         pool: str,
         name: str = "activation",
         rows_per_sample: int = 1,
+        samples: jax.Array | None = None,
     ) -> jax.Array:
         """Calls the activation ``name`` of a module; a mechanism is told how this place pools, as `activate` has it."""
         path = "/".join((*module.path[len(self.root) :], name))
         fits = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
         self.places[path] = fits
         factory = self.chosen if fits and self.chosen is not None else self.native
-        return activate(factory(name=name), x, labels, train, pool, rows_per_sample)
+        return activate(factory(name=name), x, labels, train, pool, rows_per_sample, samples)
 
     def check(self, owner: str) -> None:
         """Raises ValueError if the chosen activation is nowhere; to be called when all modules have been."""
@@ -187,13 +203,20 @@ class Placement:
 
 
 def activate(
-    module: nn.Module, x: jax.Array, labels: jax.Array | None, train: bool, pool: str, rows_per_sample: int = 1
+    module: nn.Module,
+    x: jax.Array,
+    labels: jax.Array | None,
+    train: bool,
+    pool: str,
+    rows_per_sample: int = 1,
+    samples: jax.Array | None = None,
 ) -> jax.Array:
     """Calls an activation; a mechanism is told how this place pools, unless its own ``pool`` is set."""
     if not isinstance(module, Mechanism):
         return module(x, labels, train)
     own = getattr(module, "pool", None)
-    return module(x, labels, train, pool=pool if own is None else None, rows_per_sample=rows_per_sample)
+    how = pool if own is None else None
+    return module(x, labels, train, pool=how, rows_per_sample=rows_per_sample, samples=samples)
 
 
 class Dropout(nn.Dropout):
@@ -205,6 +228,16 @@ class Dropout(nn.Dropout):
             return inputs
         drop, key = super().__call__, self.make_rng(self.rng_collection) if rng is None else rng
         return on_auto_axes(lambda x, key: drop(x, deterministic, key), inputs, key, specs=lambda _: spec(inputs))
+
+
+class Embed(nn.Embed):
+    """Flax's, on Explicit mesh axes too: a row is spread over the devices as its number is."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Integers [B, ...] -> rows [B, ..., features]; NaN where there is no such row."""
+        table = self.embedding.astype(self.dtype or self.embedding.dtype)
+        rows = functools.partial(jnp.take, axis=0)
+        return on_auto_axes(rows, table, inputs, specs=lambda _: PartitionSpec(*spec(inputs), None))
 
 
 def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None, train: bool) -> jax.Array:
@@ -219,7 +252,7 @@ def drop_path(module: nn.Module, x: jax.Array, rate: jax.typing.ArrayLike | None
     return jnp.where(kept, x / keep, 0.0).astype(x.dtype)
 
 
-def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int = 2) -> Callable[..., Any]:
+def repeat(block: type[nn.Module], length: int, scan: bool | None, remat: bool, shared: int = 2) -> Callable[..., Any]:
     """A class of ``length`` equal blocks, one after the other, each with its own variables and random draws.
 
     Every variable gets a leading axis of the blocks, in whatever collection. That, and what is computed, does not
@@ -229,9 +262,13 @@ def repeat(block: type[nn.Module], length: int, scan: bool | None, shared: int =
     A block is called as ``block(...)(x, own, labels, train)``, where ``own`` is its part of an array (or pytree) with a
     leading axis of length ``length``; it returns ``(x, None)``, and so do the class's modules. ``shared`` is the number
     of arguments after ``own``.
+
+    With ``remat`` only the blocks' inputs are kept for the gradient, and what is in a block is computed again.
     """
     if scan is None:
         scan = jax.default_backend() != "tpu"
+    if remat:
+        block = nn.remat(block, prevent_cse=not scan, static_argnums=4)  # `train`; the module itself is 0
     return nn.scan(
         block,
         variable_axes={True: 0},

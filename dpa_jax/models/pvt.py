@@ -85,7 +85,7 @@ class PVT(Transformer):
             pool = "token" if last else "mean"
             attention = {"products": ("q", "kv"), "reduction": self.reductions[i]}
             settings = self.block(dim, self.num_heads[i], self.mlp_ratios[i], placement, pool, attention)
-            blocks = layers.repeat(Block, depth, self.scan)(**settings, name=f"blocks{stage}")
+            blocks = self.repeated(Block, depth)(**settings, name=f"blocks{stage}")
             first = sum(self.depths[:i])
             x, _ = blocks(x, None if rates is None else rates[first : first + depth], labels, train)
             if not last:

@@ -102,7 +102,7 @@ class TNT(Isotropic):
         inner |= {"arr": None, "rows_per_sample": rows}
         outer = self.block(self.embed_dim, self.num_heads, *common, "token", _ATTENTION)
         parts = functools.partial(Block, **inner), functools.partial(Block, **outer)
-        blocks = layers.repeat(TNTBlock, self.depth, self.scan)(*parts, self.epsilon, self.dtype, name="blocks")
+        blocks = self.repeated(TNTBlock, self.depth)(*parts, self.epsilon, self.dtype, name="blocks")
         (_, tokens), _ = blocks((pixels, tokens), self.drop_rates(self.depth), labels, train)
         placement.check("TNT")
         return self.logits(tokens)

@@ -6,11 +6,13 @@ are stacked along the leading axis here. Two more attributes are for models that
 
 - ``torch_flattened``, {dotted name of a Dense: (C, H, W)}: its inputs are feature maps, flattened here as [H, W, C] and
   in PyTorch as [C, H, W].
-- ``torch_aliases``, {name in the files of another program: name as ``torch_names`` has it}, of modules.
+- ``torch_aliases``, {regular expression: what replaces it in the names of a file's arrays, one after the other}, for
+  other programs' names; an array with a name that None belongs to is left out.
 """
 
 import math
 import os
+import pathlib
 import re
 import warnings
 from collections import defaultdict
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dpa_jax.models.hugging_face import check_architecture, weights_file
 from dpa_jax.models.weight_files import read_weights, state_dict
 
 _COLLECTIONS = ("params", "batch_stats")  # what PyTorch's state dicts have
@@ -54,14 +57,16 @@ def variables_from_torch(
 
     - Names that all begin with ``module.``, ``model.`` or ``_orig_mod.``; a state dict under ``model``, ``state_dict``
       or ``module``; names of ``torch_aliases``. ``num_batches_tracked`` is ignored.
-    - Another number of classes: the head stays fresh, with a warning that names both numbers.
+    - Another number of classes: the head stays fresh, with a warning that names both numbers. So does a head of which
+      the source has nothing.
     - Another grid of patches: position embeddings are interpolated (bicubic with antialiasing, as timm does).
     - Parameters of the activations, such as a mechanism's own, may be missing and stay fresh. So do all memories.
 
     Args:
         model: a model of `dpa_jax.models`, or one that has ``torch_names``.
-        source: the path of a ``.pth`` or ``.safetensors`` file, which is read without PyTorch and runs no code, or a
-            state dict: {name: array}, such as ``torch_model.state_dict()``.
+        source: the path of a ``.pth`` or ``.safetensors`` file, which is read without PyTorch and runs no code; of a
+            Hugging Face folder with ``config.json``, for models that have one (`Bert`); or a state dict: {name: array},
+            such as ``torch_model.state_dict()``.
         variables: the fresh ones, of ``model.init``; None: those of seed 0; {}: none, for what the source has alone.
 
     Returns:
@@ -71,7 +76,7 @@ def variables_from_torch(
         ValueError: for a model without PyTorch names, a file that is damaged, hostile or of another kind, and naming
             the first array that is missing, unknown, not finite or of the wrong shape (with both, PyTorch's).
         TypeError: for a source that is neither.
-        FileNotFoundError, ImportError: as `dpa_jax.models.weight_files.read_weights`.
+        FileNotFoundError, ImportError: as `dpa_jax.models.weight_files.read_weights`; a folder may lack a file, too.
     """
     weights = match(model, source)
     if variables is None:
@@ -116,7 +121,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 def match(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike) -> Weights:
     """Finds each array's place in a model; see `variables_from_torch`, whose errors these are."""
     wanted = _abstract(model)
-    where, arrays = _read(source)
+    where, arrays = _read(model, source)
     places = _places(model, wanted)
     found: dict[str, np.ndarray] = {}
     changes: list[str] = []
@@ -143,17 +148,24 @@ def match(model: nn.Module, source: Mapping[str, Any] | str | os.PathLike) -> We
 
     # ---------------- what stays fresh ----------------
     fresh: set[str] = set()
-    if other_head:
-        fresh = _head(model, wanted)
-        heads = {name.rpartition(".")[0]: classes for name, classes in other_head.items()}
-        text = ", ".join(f"{name} is for {classes} classes" for name, classes in heads.items())
-        changes.append(f"{text}, not {model.num_classes}: it stays fresh")
-        warnings.warn(f"{where}{changes[-1]}", stacklevel=3)
-    missing = {name: path for name, (path, _) in places.items() if name not in found and path not in fresh}
     some = {places[name].path for name in found}
+    if other_head or len(found) < len(places):
+        head = _head(model, wanted)
+        if other_head:
+            heads = {name.rpartition(".")[0]: classes for name, classes in other_head.items()}
+            text = ", ".join(f"{name} is for {classes} classes" for name, classes in heads.items())
+            fresh, text = head, f"{text}, not {model.num_classes}"
+        elif some and not head & some:
+            names = {name.rpartition(".")[0] for name, (path, _) in places.items() if path in head}
+            fresh, text = head, f"{', '.join(sorted(names))} is not there"
+    if fresh:
+        changes.append(f"{text}: it stays fresh")
+    missing = {name: path for name, (path, _) in places.items() if name not in found and path not in fresh}
     own = {path for path in missing.values() if _ACTIVATION.search(_dotted(path)) and path not in some}
     if lacking := [name for name, path in missing.items() if path not in own]:
         raise ValueError(f"{where}no array given for {lacking[0]!r} ({len(lacking)} of {len(places)} are missing)")
+    if fresh:
+        warnings.warn(f"{where}{changes[-1]}", stacklevel=3)
     if own:
         changes.append(f"{', '.join(map(_dotted, sorted(own)))} not there: fresh")
 
@@ -179,7 +191,7 @@ def torch_name(path: str, names: Mapping[str, str]) -> str:
     if path in names:
         return names[path]
     module, _, leaf = path.rpartition(".")
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(leaf, leaf)
     known = max((ours for ours in names if f"{module}.".startswith(f"{ours}.")), key=len, default="")
     return f"{names.get(known, known)}{module.removeprefix(known)}.{leaf}"
 
@@ -273,19 +285,23 @@ def _as_linear(model: nn.Module, path: str, array: np.ndarray) -> np.ndarray:
 # ---------------- arrays of a state dict ----------------
 
 
-def _read(source: Any) -> tuple[str, Mapping[Any, Any]]:
+def _read(model: nn.Module, source: Any) -> tuple[str, Mapping[Any, Any]]:
     """What errors begin with, and the state dict."""
     if isinstance(source, Mapping):
         return "", state_dict(source)
     if isinstance(source, str | os.PathLike):
-        return f"{os.fspath(source)}: ", read_weights(source)
+        path = pathlib.Path(source)
+        if path.is_dir():
+            check_architecture(model, path)
+        file = weights_file(path)
+        return f"{file}: ", read_weights(file)
     raise TypeError(
         f"variables_from_torch: takes a mapping of arrays by name or the path of a file; got a {type(source).__name__}"
     )
 
 
-def _renamed(where: str, arrays: Mapping[Any, Any], aliases: Mapping[str, str]) -> dict[Any, Any]:
-    """The state dict under the names of ``torch_names``, without counts of batches."""
+def _renamed(where: str, arrays: Mapping[Any, Any], aliases: Mapping[str, str | None]) -> dict[Any, Any]:
+    """The state dict under the names of ``torch_names``, without counts of batches and what is to be left out."""
     names = {name: name for name in arrays}
     texts = all(isinstance(name, str) for name in arrays)
     while texts and names and (prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), "")):
@@ -295,8 +311,10 @@ def _renamed(where: str, arrays: Mapping[Any, Any], aliases: Mapping[str, str]) 
         if isinstance(name, str):
             if name.rpartition(".")[2] == "num_batches_tracked":
                 continue
-            module, dot, leaf = name.rpartition(".")
-            name = f"{aliases.get(module, module)}{dot}{leaf}"
+            if any(other is None and re.search(pattern, name) for pattern, other in aliases.items()):
+                continue
+            for pattern, other in aliases.items():
+                name = re.sub(pattern, other or "", name)
         if name in renamed:
             raise ValueError(f"{where}{name!r} is given twice, under two names")
         renamed[name] = arrays[own]

@@ -28,6 +28,7 @@ class Attention(nn.Module):
         first_only: whether only the first token asks, [B, N, D] -> [B, 1, D] (CaiT's class attention).
         talking_heads: whether the heads' scores are mixed before the softmax and after it (Shazeer et al., 2020).
         reduction: keys and values are of the tokens as a square map whose side a convolution divides by this (PVT).
+        shares_dropout: rate after the softmax (BERT).
     """
 
     num_heads: int
@@ -38,10 +39,11 @@ class Attention(nn.Module):
     first_only: bool = False
     talking_heads: bool = False
     reduction: int = 1
+    shares_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Mixes the tokens of each sample."""
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """Mixes the tokens of each sample; a mask, bool [B, N], says which of them are looked at (None: all)."""
         features = x.shape[-1]
         asking = x[:, :1] if self.first_only else x
         asked = self._reduced(x) if self.reduction > 1 else x
@@ -51,8 +53,13 @@ class Attention(nn.Module):
             y = layers.Dense(len(letters) * features, use_bias=self.bias, dtype=self.dtype, name=letters)(source)
             y = y.reshape(*y.shape[:2], len(letters), self.num_heads, features // self.num_heads)
             made |= {letter: y[:, :, i] for i, letter in enumerate(letters)}
-        attend = self._talking if self.talking_heads else jax.nn.dot_product_attention
-        y = attend(made["q"], made["k"], made["v"])
+        if self.talking_heads:
+            y = self._talking(made["q"], made["k"], made["v"])
+        elif self.shares_dropout and train:
+            y = self._dropping(made["q"], made["k"], made["v"], mask)
+        else:
+            where = None if mask is None else _for_scores(mask)
+            y = jax.nn.dot_product_attention(made["q"], made["k"], made["v"], mask=where)
         y = y.reshape(*y.shape[:2], features)
         y = layers.Dense(features, dtype=self.dtype, name="projection")(y)
         return layers.Dropout(self.dropout)(y, deterministic=not train)
@@ -62,11 +69,17 @@ class Attention(nn.Module):
         mix = functools.partial(
             nn.Einsum, (self.num_heads, self.num_heads), "bhqk,hg->bgqk", kernel_init=layers.normal_init
         )
-        scores = jnp.einsum(
-            "bqhd,bkhd->bhqk", queries * queries.shape[-1] ** -0.5, keys, preferred_element_type=jnp.float32
-        )
-        shares = jax.nn.softmax(mix(name="mix_scores")(scores))
+        shares = jax.nn.softmax(mix(name="mix_scores")(_scores(queries, keys)))
         shares = mix(name="mix_shares")(shares).astype(values.dtype)
+        return jnp.einsum("bhqk,bkhd->bqhd", shares, values)
+
+    def _dropping(self, queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Attention with dropout of its shares, in training; of [B, N, h, D / h] each, softmax in float32."""
+        scores = _scores(queries, keys)
+        if mask is not None:  # as jax.nn.dot_product_attention has it: a sample of padding alone is no NaN
+            scores = jnp.where(_for_scores(mask), scores, jnp.finfo(scores.dtype).min)
+        shares = jax.nn.softmax(scores)
+        shares = layers.Dropout(self.shares_dropout, deterministic=False)(shares).astype(values.dtype)
         return jnp.einsum("bhqk,bkhd->bqhd", shares, values)
 
     def _reduced(self, x: jax.Array) -> jax.Array:
@@ -75,6 +88,16 @@ class Attention(nn.Module):
         side = round(tokens**0.5)
         y = patches(x.reshape(batch, side, side, features), features, self.reduction, self.dtype, "reduction")
         return layers.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(y)
+
+
+def _scores(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Of each query [B, N, h, D / h] and key [B, M, h, D / h], in each head: [B, h, N, M] float32."""
+    return jnp.einsum("bqhd,bkhd->bhqk", queries * queries.shape[-1] ** -0.5, keys, preferred_element_type=jnp.float32)
+
+
+def _for_scores(mask: jax.Array) -> jax.Array:
+    """A mask of tokens [B, M] as one of scores [B, 1, 1, M]."""
+    return mask[:, None, None]
 
 
 class Mlp(nn.Module):
@@ -183,6 +206,7 @@ class Transformer(layers.ImageModel):
         stochastic_depth: drop rate of the last block's branches, in [0, 1); linear from 0 at the first.
         scan: whether equal blocks are compiled as a loop or one by one, with the same variables, random draws and
             results; None decides by the device (`dpa_jax.models.layers.repeat`).
+        remat: whether what is in a block is computed again for its gradient instead of kept; the results are the same.
 
     Raises:
         ValueError: for sizes that are too small or do not divide, other rates, and images of another shape.
@@ -193,6 +217,7 @@ class Transformer(layers.ImageModel):
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     scan: bool | None = None
+    remat: bool = False
 
     epsilon: ClassVar[float] = 1e-6
     """Of the norms of blocks and of the last one."""
@@ -232,6 +257,10 @@ class Transformer(layers.ImageModel):
             "epsilon": self.epsilon,
             **options,
         }
+
+    def repeated(self, block: type[nn.Module], length: int, shared: int = 2) -> Callable[..., Any]:
+        """A class of equal blocks, as `dpa_jax.models.layers.repeat` has it."""
+        return layers.repeat(block, length, self.scan, self.remat, shared)
 
     def token(self, x: jax.Array, name: str, std: float = 0.02) -> jax.Array:
         """A learned token, the same for every sample of ``x`` [B, N, D]: [B, 1, D]."""

@@ -47,8 +47,8 @@ class VGG(PlainConvNet):
         )
 
     # In timm the hidden layers are convolutions.
-    torch_aliases: ClassVar[Mapping[str, str]] = {
-        "pre_logits.fc1": "classifier.0",
-        "pre_logits.fc2": "classifier.3",
-        "head.fc": "classifier.6",
+    torch_aliases: ClassVar[Mapping[str, str | None]] = {
+        r"^pre_logits\.fc1\.": "classifier.0.",
+        r"^pre_logits\.fc2\.": "classifier.3.",
+        r"^head\.fc\.": "classifier.6.",
     }

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpa_jax.models import layers
 from dpa_jax.models.transformer import Block, Isotropic, block_names, patches
 
 
@@ -28,7 +27,7 @@ class ViT(Isotropic):
         x = self.positioned(self.with_tokens(x), train)
         placement = self.placement
         settings = self.block(self.embed_dim, self.num_heads, self.mlp_ratio, placement, "token")
-        blocks = layers.repeat(Block, self.depth, self.scan)(**settings, name="blocks")
+        blocks = self.repeated(Block, self.depth)(**settings, name="blocks")
         x, _ = blocks(x, self.drop_rates(self.depth), labels, train)
         placement.check(type(self).__name__)
         return self.logits(x)

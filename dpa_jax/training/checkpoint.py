@@ -22,14 +22,18 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from dpa_jax.training.folder import set_aside
+from dpa_jax.training.folder import files_in, folder_of, in_bucket, is_there, set_aside
 
 _STATE = "state"  # Orbax's item with the arrays
 _METRICS = "metrics/metrics"  # where Orbax keeps a step's metrics, as JSON
 _DIGEST = "digest.json"  # {file: [bytes, sha256]}
 _DISCARDED = "discarded"  # what is about to be deleted: a rename is atomic, a deletion is not
 # Orbax writes these after the digest. They hold times and class names, nothing of the run.
-_BOOKKEEPING = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_COMMITTED = "commit_success.txt"
+_BOOKKEEPING = ("_CHECKPOINT_METADATA", _COMMITTED)
+
+
+_BY_COMMIT_FILE = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -44,23 +48,26 @@ class Checkpoints:
     """The checkpoints below one directory: the last few, and the best one.
 
     `save` copies the arrays to the host and returns; a background thread writes them into a temporary folder, adds a
-    digest of every file, and renames the folder to the step's number. So a checkpoint is either whole or absent, and
+    digest of every file, and renames the folder to the step's number. In a bucket, where no folder can be renamed, a
+    checkpoint counts from the moment that it has Orbax's ``commit_success.txt``. So it is either whole or absent, and
     `restore` uses none whose files differ from their digest: neither zarr nor Orbax notices a flipped bit.
 
     Use it as a context manager, or call `close`, so that the last save is on the disk when the program ends.
     """
 
     def __init__(
-        self, directory: str | pathlib.Path, *, keep: int, best: str = "eval_top1", read_only: bool = False
+        self, directory: str | os.PathLike[str], *, keep: int, best: str = "eval_top1", read_only: bool = False
     ) -> None:
-        """Opens or makes the directory, a local or mounted one, and deletes what a killed save has left there.
+        """Opens or makes the directory, local, mounted or in a bucket, and deletes what a killed save has left there.
 
         The ``keep`` newest checkpoints stay, and the one whose metric ``best`` is the highest. With ``read_only``
         nothing in the folder is changed, so that a training that runs there is not disturbed.
         """
         if keep < 1:
             raise ValueError(f"keep must be at least 1, to have something to resume from, got {keep}")
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = folder_of(directory)
+        if not in_bucket(self.directory):
+            self.directory = self.directory.absolute()
         self.best = best
         self._read_only = read_only
         self._damaged: set[str] = set()  # names of folders that are passed over
@@ -83,7 +90,8 @@ class Checkpoints:
                 best_fn=self._quality,
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), keep_best]),
                 cleanup_tmp_directories=True,
-                todelete_subdir=_DISCARDED,
+                todelete_subdir=None if in_bucket(self.directory) else _DISCARDED,
+                atomicity_options=_BY_COMMIT_FILE if in_bucket(self.directory) else None,
                 async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_commit),
             ),
         )
@@ -208,7 +216,8 @@ class Checkpoints:
         """What looks like a checkpoint's folder, to Orbax also in other digits than ours."""
         if not self.directory.is_dir():
             return []
-        names = [path.name for path in self.directory.iterdir() if path.name.rpartition("_")[2].isdigit()]
+        paths = (path for path in self.directory.iterdir() if path.name.rpartition("_")[2].isdigit())
+        names = [path.name for path in paths if not in_bucket(path) or (path / _COMMITTED).exists()]
         return sorted(name for name in names if name not in self._damaged and not name.startswith("damaged-"))
 
     def _steps(self) -> list[int]:
@@ -230,7 +239,7 @@ class Checkpoints:
         # Orbax calls this in its background thread, when all files are written and before the folder gets its name.
         if jax.process_index() == 0:
             self._clear_discarded()
-            (folder,) = self.directory.glob(f"{self._saving}.*")
+            (folder,) = self.directory.glob(f"{self._saving}" if in_bucket(self.directory) else f"{self._saving}.*")
             digest = {name: _fingerprint(folder / name) for name in _files(folder)}
             (folder / _DIGEST).write_text(json.dumps(digest, indent=1))
 
@@ -241,7 +250,7 @@ class Checkpoints:
     def _set_strangers_aside(self) -> None:
         for name in self._names():
             if not _is_checkpoint(path := self.directory / name):
-                what = "a link" if path.is_symlink() else "a file" if path.is_file() else "named as no step is"
+                what = "a link" if os.path.islink(path) else "a file" if path.is_file() else "named as no step is"
                 self._set_aside(path, f"it is {what}")
 
     def _set_those_without_metrics_aside(self) -> None:
@@ -252,7 +261,7 @@ class Checkpoints:
     def _set_aside(self, folder: pathlib.Path, reason: str) -> None:
         if self._read_only:
             self._damaged.add(folder.name)
-            if not os.path.lexists(folder):
+            if not is_there(folder):
                 return  # a training that runs there has deleted it
         if jax.process_index() != 0:
             return
@@ -261,7 +270,7 @@ class Checkpoints:
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
-    return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir() and not path.is_symlink()
+    return re.fullmatch(r"0|[1-9][0-9]*", path.name) is not None and path.is_dir() and not os.path.islink(path)
 
 
 def _silence_orbax() -> None:
@@ -291,12 +300,13 @@ _hooks: list[Callable[[Any], Any]] = []  # those that were there before ours
 
 def _fingerprint(path: pathlib.Path) -> list[int | str]:
     with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return [file.tell(), digest]
 
 
 def _files(folder: pathlib.Path) -> list[str]:
     """What a digest names: every file but Orbax's bookkeeping and the digest itself."""
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files_in(folder))
     return [name for name in names if name not in (*_BOOKKEEPING, _DIGEST)]
 
 
@@ -314,15 +324,15 @@ def _damage(folder: pathlib.Path, only: str | None = None) -> str:
         for name in [only] if only else named:
             if name not in found:
                 return f"{name} is missing"
-            size = (folder / name).stat().st_size
+            size, sha256 = _fingerprint(folder / name)
             if size != named[name][0]:
                 return f"{name} has {size} bytes instead of {named[name][0]}"
-            if _fingerprint(folder / name)[1] != named[name][1]:
+            if sha256 != named[name][1]:
                 return f"{name} has other contents than were written"
     except FileNotFoundError as error:
-        return f"{pathlib.Path(error.filename).name} is missing"
+        return f"{pathlib.Path(error.filename or _DIGEST).name} is missing"
     except OSError as error:
-        return f"{error.filename or folder} is unreadable: {error.strerror}"
+        return f"{error.filename or folder} is unreadable: {error.strerror or error}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be one, who writes to it, and where damaged files of it go."""
+"""The folder of a run, local or in a bucket: whether it can be one, who writes to it, where damaged files of it go."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 FILES = ("metrics.jsonl", "metrics.discarded.jsonl", "config.json", "position.json", "curves.png")
@@ -26,8 +27,55 @@ class InUseError(OSError):
     """Another program writes to the folder."""
 
 
+def folder_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The local folder of this name, or for ``gs://BUCKET/NAME`` the one in a bucket, an `epath.Path`.
+
+    Both have the methods of `pathlib.Path` that are used on a run's folder. In a bucket an object is written as a whole
+    or not at all, there are no locks, and a folder is there as long as something is in it.
+
+    Raises:
+        ValueError: there is no file system for such a name; the message says what to install, if anything.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if not separator:
+        return pathlib.Path(path)
+    extra = " (pip install 'dpa_jax[gcs]')" if scheme == "gs" else ""
+    try:
+        import fsspec
+
+        # Orbax, TensorStore and other hosts write there as well: what was listed before may have changed.
+        fsspec.config.conf.setdefault(fsspec.get_filesystem_class(scheme).protocol[0], {})["use_listings_cache"] = False
+        os.environ.setdefault("EPATH_USE_TF", "false")  # so does TensorFlow's file system, which has a cache of its own
+        made: Any = epath.Path(path)
+    except (ImportError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be a run's folder: {error}{extra}") from error
+    return made
+
+
+def in_bucket(path: pathlib.Path) -> bool:
+    """Whether a path that `folder_of` has made is not on a local file system."""
+    return not isinstance(path, pathlib.Path)
+
+
+def is_there(path: pathlib.Path) -> bool:
+    """Whether something has this name, be it a link to nothing."""
+    return path.exists() if in_bucket(path) else os.path.lexists(path)
+
+
+def files_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All files below a folder, in order."""
+    if not in_bucket(folder):
+        return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return sorted(file for path in folder.iterdir() for file in (files_in(path) if path.is_dir() else [path]))
+
+
 def check_kinds(folder: pathlib.Path, files: Iterable[str] = FILES, folders: Iterable[str] = FOLDERS) -> None:
-    """Raises OSError where one of these names in a run's folder, or the folder, is there and is something else."""
+    """Raises OSError where one of these names in a run's folder, or the folder, is there and is something else.
+
+    In a bucket nothing can be: there a name may be both.
+    """
+    if in_bucket(folder):
+        return
     for path in (folder, *folder.parents, *(folder / name for name in folders)):
         if os.path.lexists(path) and not path.is_dir():
             raise NotADirectoryError(
@@ -44,7 +92,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
     It is the operating system's lock (`flock`) on the file ``.lock``, held by process 0: it ends with the process,
     however that ends. On a network folder it keeps out other hosts where the file system shares its locks (NFS, SMB,
-    CephFS, Lustre with ``-o flock``); where there are no locks at all, that is warned of.
+    CephFS, Lustre with ``-o flock``); where there are no locks at all, that is warned of. A bucket has none.
 
     Raises:
         InUseError: the folder is locked, in all processes of the run; the message names the process that holds it.
@@ -52,7 +100,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         error: OSError | None = None
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not in_bucket(folder):
             try:
                 stack.enter_context(_lock(folder))
             except OSError as caught:
@@ -131,17 +179,19 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     """Where the block can't write a file, as on a full disk, the OSError names it and says what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not in_bucket(path):  # whose clients have errors of their own
+            raise
         raise OSError(
-            f"{path} could not be written: {error.strerror or error}. What was saved before is kept; make room, or see "
-            "what is wrong there, and start again."
+            f"{path} could not be written: {getattr(error, 'strerror', None) or error}. What was saved before is kept; "
+            "make room, or see what is wrong there, and start again."
         ) from error
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:
     """Renames what is damaged to ``damaged-NAME`` beside it, with a number where that is taken: its new path."""
     aside, copy = path.with_name(f"damaged-{path.name}"), 1
-    while os.path.lexists(aside):
+    while is_there(aside):
         copy += 1
         aside = path.with_name(f"damaged-{path.name}-{copy}")
     return path.rename(aside)

@@ -15,13 +15,11 @@ from dpa_jax.training.run import Run
 def header(run: Run, workdir: pathlib.Path) -> list[str]:
     """Lines on the device, the model, the data, the training and the folder of a run."""
     config, spec, schedule = run.config, run.spec, run.config.schedule
-    examples = run.feeds[0].sampler.num_examples
     warmup = f", warm-up {schedule.warmup_epochs} epochs" if schedule.warmup_epochs else ""
     return [
         f"device: {describe(run.devices)}, jax {jax.__version__}, {config.precision}",
         model_line(run),
-        f"data: {spec.name}, {examples:,} training and {spec.test_examples:,} evaluation examples, "
-        f"{spec.num_classes:,} classes",
+        f"data: {spec.describe()}",
         f"training: {config.epochs:,} epochs, {run.total_steps:,} steps of {config.batch_size:,}, "
         f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g} ({schedule.name}{warmup})",
         f"folder: {workdir}",

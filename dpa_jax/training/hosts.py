@@ -32,6 +32,7 @@ from jax._src import distributed  # the key-value store has no public way in
 
 from dpa_jax.config import changes_figures
 from dpa_jax.data.batch import Spec
+from dpa_jax.training.folder import in_bucket
 
 HEARTBEAT_SECONDS = 50  # without a heartbeat of JAX's own thread, sent every half of it: the process is lost
 GRACE_SECONDS = 1  # between the last word of the other processes and the end of process 0
@@ -44,7 +45,14 @@ _DIFFER = "the processes of the run differ: "
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ROUNDS = itertools.count()  # of `agree`: a key is set once
 # Keys of a configuration that change no figure, and in which processes must be alike nevertheless: all save together.
-_ALIKE = ("checkpoint.keep", "checkpoint.every_steps", "checkpoint.every_epochs", "sharding", "steps_per_dispatch")
+_ALIKE = (
+    "checkpoint.keep",
+    "checkpoint.every_steps",
+    "checkpoint.every_epochs",
+    "sharding",
+    "remat",
+    "steps_per_dispatch",
+)
 _KNOWN = "Slurm, Open MPI, Kubernetes (with jax[k8s]) and Cloud TPU"
 
 
@@ -98,20 +106,20 @@ class Hosts:
 
     Args:
         coordinator: ``HOST:PORT`` of process 0.
-        processes: how many there are.
-        process: the number of this one. What is None is asked of the cluster that started this process.
+        num_processes: how many there are.
+        process_id: the number of this one. What is None is asked of the cluster that started this process.
         join_seconds: how long the processes wait for each other at the start.
     """
 
     def __init__(
         self,
         coordinator: str | None = None,
-        processes: int | None = None,
-        process: int | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
         join_seconds: int = 60,
     ) -> None:
         """Joins nothing yet."""
-        self._coordinator, self._processes, self._process = coordinator, processes, process
+        self._coordinator, self._num_processes, self._process_id = coordinator, num_processes, process_id
         self._join_seconds = join_seconds
         self._ending = threading.Lock()  # of the thread that says the last line
         self._said = self._joined = False
@@ -119,15 +127,15 @@ class Hosts:
     def __enter__(self) -> Self:
         """Returns when all processes are here; ends the program with a line where that can't be."""
         if self._coordinator:
-            _check_address(self._coordinator, listens=self._process == 0)
+            _check_address(self._coordinator, listens=self._process_id == 0)
         # JAX ends a program by LOG(FATAL), from any thread, and takes no callback (it can't hand its status to Python).
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._end(self._why_aborted(), alone=True))
         ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
         try:
             jax.distributed.initialize(
                 self._coordinator,
-                self._processes,
-                self._process,
+                self._num_processes,
+                self._process_id,
                 initialization_timeout=self._join_seconds,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -213,7 +221,7 @@ class Hosts:
         )
 
     def _why_not_joined(self, error: Exception) -> str:
-        state, by_hand = distributed.global_state, "--coordinator=HOST:PORT --processes=N --process=I"
+        state, by_hand = distributed.global_state, "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         if "should be defined" in str(error) or "must be defined" in str(error):
             return (
                 f"--distributed: no cluster that JAX knows has started this process ({_KNOWN}). "
@@ -322,11 +330,13 @@ def _seen(workdir: pathlib.Path, word: str) -> str:
     deadline = time.monotonic() + FOLDER_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            os.listdir(workdir)  # makes a network's file system look anew
+            if not in_bucket(workdir):
+                os.listdir(workdir)  # makes a network's file system look anew
             if (workdir / f".hosts-{word}").read_text() == word:
                 return "the same"
         if time.monotonic() > deadline:
-            return f"{workdir.absolute()} on {platform.node()}, and has not the file that process 0 has written"
+            where = workdir if in_bucket(workdir) else workdir.absolute()
+            return f"{where} on {platform.node()}, and has not the file that process 0 has written"
         time.sleep(0.1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import os
 import pathlib
 import statistics
 import sys
@@ -15,15 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpa_jax.models.hugging_face import weights_file
 from dpa_jax.plots import plot_curves
 from dpa_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from dpa_jax.training.continuation import check_unchanged, write_config
-from dpa_jax.training.folder import check_kinds, locked, writing
+from dpa_jax.training.folder import check_kinds, folder_of, locked, writing
 from dpa_jax.training.header import header, model_line, note_of_rate
 from dpa_jax.training.hosts import agree, facts_of
 from dpa_jax.training.preemption import Preemption
 from dpa_jax.training.progress import Progress
-from dpa_jax.training.record import Recorder
+from dpa_jax.training.record import Recorder, finished
 from dpa_jax.training.run import Figures, Run, build
 
 
@@ -35,13 +37,13 @@ class Preempted(SystemExit):
     """The run was told to stop, has saved, and will continue when it is started again."""
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains, evaluates every epoch, and keeps checkpoints and a record; continues what ``workdir`` has.
 
     Args:
         config: as `dpa_jax.config.default_config` makes it, with the changes of a file in ``configs/``.
-        workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``config.json``, ``position.json``,
-            ``tensorboard/``, ``curves.png``.
+        workdir: the run's folder, local or ``gs://BUCKET/NAME``: checkpoints, ``metrics.jsonl``, ``config.json``,
+            ``position.json``, ``tensorboard/``, ``curves.png``.
 
     Returns:
         The last line of ``metrics.jsonl``; nothing where a finished run left none.
@@ -57,7 +59,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[
         Preempted: after SIGTERM or SIGINT, when the run is saved.
         KeyboardInterrupt: after a second SIGINT, at once.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     (history,) = train(build(config), workdir, [workdir])
     return history[-1] if history else {}
 
@@ -101,17 +103,21 @@ def train(
         if notes is None:
             notes = _weights_of(run)
         images, every = config.batch_size * len(run.seeds), config.log_every_seconds
-        progress = stack.enter_context(contextlib.closing(Progress(config.epochs, images, every=every, name=name)))
+        progress = Progress(config.epochs, images, every=every, name=name, unit=run.spec.unit)
+        stack.enter_context(contextlib.closing(progress))
         for line in [model_line(run)] if name else header(run, workdir):
             progress.write(line)
         run.load()
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep))
+        keep, best = config.checkpoint.keep, _best(run)
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=keep, best=best))
         preemption = stack.enter_context(Preemption())
 
         # ---------------- Start or continue ----------------
         start, state = checkpoints.restore(run.abstract_state) or (0, run.init())
         recorders = [stack.enter_context(contextlib.closing(Recorder(folder, start))) for folder in folders]
         stack.push(lambda kind, *_: _draw(recorders, start, kind))
+        if all(finished(recorder.history, config) for recorder in recorders):
+            total_steps = start
         if start < total_steps:
             for member, folder in zip(run.configs, folders, strict=True):
                 write_config(member, folder, _examples(run))
@@ -119,8 +125,9 @@ def train(
         epoch = min(ended + 1, config.epochs)
         notes += [recorder.note for recorder in recorders if recorder.note]
         for folder, recorder in zip(folders, recorders, strict=True):
-            recorded = {record.get("epoch") for record in recorder.history}
-            if jax.process_index() == 0 and (lacking := [e for e in range(1, ended + 1) if e not in recorded]):
+            recorded = {record["epoch"] for record in recorder.history if "epoch" in record}
+            last = max(recorded, default=0) if finished(recorder.history, config) else ended
+            if jax.process_index() == 0 and (lacking := [e for e in range(1, last + 1) if e not in recorded]):
                 notes.append(f"note: {folder / 'metrics.jsonl'} lacks epoch {', '.join(map(str, lacking))}")
         if start:
             how = "continuing" if start < total_steps else "nothing left to do"
@@ -170,8 +177,7 @@ def train(
             if epoch_ends:
                 wrong = run.diagnose(state) if epoch == 1 else []  # before the evaluation, which resets counters
                 if evaluates:
-                    state, evaluated = run.evaluate(state)
-                    evaluations = [{f"eval_{k}": v for k, v in figures.items()} for figures in evaluated]
+                    state, evaluations = run.evaluate(state)
                     check_finite(evaluations, step)  # the last update is seen here for the first time
                 speed = progress.images_per_second  # of all members together; the time of each is its share
                 records = [
@@ -188,12 +194,16 @@ def train(
                 ]
                 # Before the save: a line whose checkpoint never came is taken back, a missing line would stay missing.
                 for recorder, record in zip(recorders, records, strict=True):
-                    recorder.write(record)
+                    if not finished(recorder.history, config):  # a member that has stopped early waits for the others
+                        recorder.write(record)
                 progress.close()
-                progress.write(_line(_means(records), config.epochs))
+                progress.write(_line(_means(records), config.epochs, run.spec.unit))
                 state = run.clear_metrics(state)
                 for line in wrong:
                     progress.write(f"warning: {line}")
+
+                if all(finished(recorder.history, config) for recorder in recorders):
+                    total_steps, save = step, True
 
             # ---------------- Save ----------------
             if save:
@@ -211,7 +221,7 @@ def train(
         return [recorder.history for recorder in recorders]
 
 
-def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figures]:
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[int, Figures]:
     """Evaluates the best and the newest checkpoint of a run on its whole evaluation split; its folder stays as it is.
 
     Returns:
@@ -221,14 +231,15 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
         FileNotFoundError: if there is no checkpoint, or no data.
         ValueError: as `train_and_evaluate`.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folder_of(workdir)
     run = build(config)
     check_kinds(workdir)
     for note in _check_continued(run, workdir, [workdir]) or []:
         if jax.process_index() == 0:
             print(note, file=sys.stderr)
     results: dict[int, Figures] = {}
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True) as checkpoints:
+    keep, best = config.checkpoint.keep, _best(run)
+    with Checkpoints(workdir / "checkpoints", keep=keep, best=best, read_only=True) as checkpoints:
         steps = [checkpoints.best_step, checkpoints.latest_step]
         agree({**facts_of(config, run.spec, "evaluation"), "the best and the newest checkpoint": steps})
         while True:  # one that is damaged is passed over from then on
@@ -242,7 +253,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> dict[int, Figur
             except (DamagedCheckpointError, FileNotFoundError):  # or deleted by a training that runs there
                 continue
             if restored is not None:
-                _, (results[restored[0]],) = run.evaluate(restored[1])
+                _, (figures,) = run.evaluate(restored[1])
+                results[restored[0]] = {name.removeprefix("eval_"): value for name, value in figures.items()}
         if not wanted:
             checkpoints.restore(run.abstract_state)  # says which are damaged, if any
             raise FileNotFoundError(f"no checkpoint in {checkpoints.directory}; train first, without --eval")
@@ -266,10 +278,15 @@ def _weights_of(run: Run) -> list[str]:
     if not (path := run.config.init_from):
         return []
     summary = run.weights.summary
-    with open(path, "rb") as file:
+    with open(weights_file(pathlib.Path(path)), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     agree({"the digest of config.init_from": digest})
     return [f"{path} (SHA-256 {digest}): {summary}"]
+
+
+def _best(run: Run) -> str:
+    """The figure that the best checkpoint has the highest of, as the records name it."""
+    return f"{'valid' if 'valid' in run.spec.splits else 'eval'}_{run.config.checkpoint.best}"
 
 
 def _examples(run: Run) -> int:
@@ -294,8 +311,9 @@ def _draw(recorders: Sequence[Recorder], start: int, ended_by: type[BaseExceptio
                 plot_curves(drawable, path)
 
 
-def _line(record: Mapping[str, float], epochs: int) -> str:
+def _line(record: Mapping[str, float], epochs: int, unit: str) -> str:
     parts = [f"epoch {record['epoch']:.0f}/{epochs}: loss {record['train_loss']:.4f}, top-1 {record['train_top1']:.2%}"]
-    if "eval_loss" in record:
-        parts.append(f"eval: loss {record['eval_loss']:.4f}, top-1 {record['eval_top1']:.2%}")
-    return " | ".join([*parts, f"{record['images_per_second']:,.0f} images/s"])
+    for split in ("valid", "eval"):
+        if f"{split}_loss" in record:
+            parts.append(f"{split}: loss {record[f'{split}_loss']:.4f}, top-1 {record[f'{split}_top1']:.2%}")
+    return " | ".join([*parts, f"{record['images_per_second']:,.0f} {unit}/s"])

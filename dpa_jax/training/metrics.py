@@ -5,8 +5,12 @@ The counts are a pytree of integers: those of batches are added leaf by leaf, an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -66,6 +70,37 @@ class Classification:
             "precision": macro(self.correct, self.taken),
             "f1": macro(2 * self.correct, self.actual + self.taken),
         }
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the ROC curve, in float64: how often a sample of a class scores higher in it than another sample.
+
+    With two classes that of class 1, else the mean over classes, each against the rest. Equal scores count half. NaN
+    where no class has samples both of it and of others; such classes are left out of the mean.
+
+    Args:
+        scores: [B, K], any float type, such as probabilities.
+        labels: int [B] in 0..K-1; -1 counts nowhere.
+    """
+    scores, labels = np.asarray(scores, np.float64)[(kept := np.asarray(labels) >= 0)], np.asarray(labels)[kept]
+    areas = []
+    for k in [1] if scores.shape[1] == 2 else range(scores.shape[1]):
+        positive = labels == k
+        count, others = int(positive.sum()), int((~positive).sum())
+        if count and others:
+            # The mean rank of equal scores is halfway between the first and the last of them.
+            _, inverse, times = np.unique(scores[:, k], return_inverse=True, return_counts=True)
+            ranks = (np.cumsum(times) - (times - 1) / 2)[inverse]
+            areas.append((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+    return float(np.mean(areas)) if areas else math.nan
+
+
+def auc_of_logits(batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """`auc` of the softmax of logits: [B, K] and labels [B] of each batch."""
+    logits, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(logits)
+    return auc(exponentials / exponentials.sum(axis=1, keepdims=True), labels)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, jax.Array]:

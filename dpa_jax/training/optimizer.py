@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from dpa_jax.checks import check_range
@@ -87,26 +90,36 @@ def make_schedule(config: ConfigDict, learning_rate: float, steps_per_epoch: flo
 def make_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
     """Clipping by the global norm, then the optimiser that ``config.optimizer`` names.
 
-    Each follows PyTorch's of that name, which the papers' programs use. Weight decay is on every
-    parameter: decoupled for ``"adamw"`` (Loshchilov and Hutter, 2019), added to the clipped gradient for the
-    others. ``"rmsprop"`` takes ``beta2`` as the decay of its squares (PyTorch's default is 0.99). The optimiser counts
-    the steps that the schedule is asked for itself, from 0.
+    Each follows PyTorch's of that name, which the papers' programs use. Weight decay is on the parameters of
+    ``optimizer.decayed``: decoupled for ``"adamw"`` (Loshchilov and Hutter, 2019), added to the clipped gradient for
+    the others. ``"rmsprop"`` takes ``beta2`` as the decay of its squares (PyTorch's default is 0.99). The optimiser
+    counts the steps that the schedule is asked for itself, from 0.
     """
     options = config.optimizer
+    patterns = [pattern.strip() for pattern in options.decayed.split(",")]
+
+    def decayed(params: Any) -> Any:
+        """Which parameters are, as a pytree of bool."""
+        paths = {path: any(fnmatch.fnmatchcase(path, p) for p in patterns) for path in flatten_dict(params, sep="/")}
+        if not any(paths.values()):
+            raise ValueError(f"config: optimizer.decayed {options.decayed!r} fits none of {', '.join(paths)}")
+        return unflatten_dict(paths, sep="/")
+
+    decay = optax.add_decayed_weights(options.weight_decay, None if patterns == ["*"] else decayed)
     momentum = optax.trace(options.momentum) if options.momentum else optax.identity()
     directions = {
         "adamw": lambda: [
             scale_by_adam(options.beta1, options.beta2, options.eps),
-            optax.add_decayed_weights(options.weight_decay),
+            decay,
         ],
         "adam": lambda: [
-            optax.add_decayed_weights(options.weight_decay),
+            decay,
             scale_by_adam(options.beta1, options.beta2, options.eps),
         ],
-        "sgd": lambda: [optax.add_decayed_weights(options.weight_decay), momentum],
+        "sgd": lambda: [decay, momentum],
         # Not optax.rmsprop: its momentum gathers updates already scaled by the rate, PyTorch's does not.
         "rmsprop": lambda: [
-            optax.add_decayed_weights(options.weight_decay),
+            decay,
             optax.scale_by_rms(options.beta2, options.eps, eps_in_sqrt=False),
             momentum,
         ],

@@ -27,10 +27,14 @@ class Progress:
         *,
         every: float = 30.0,
         name: str = "",
+        unit: str = "images",
         stream: TextIO | None = None,
     ) -> None:
-        """Of a run with ``batch_size`` images a step; every line to the stream (None: stderr) begins with its name."""
-        self._epochs, self._batch_size, self._every = epochs, batch_size, every
+        """Of a run with ``batch_size`` examples a step, of which ``unit`` is the plural.
+
+        Every line to the stream (None: stderr) begins with the run's name.
+        """
+        self._epochs, self._batch_size, self._every, self._unit = epochs, batch_size, every, unit
         self._name = f"{name}: " if name else ""
         self._stream: TextIO | None = sys.stderr if stream is None else stream
         self._silent = jax.process_index() != 0 or self._stream is None  # Python's, where it is closed
@@ -76,7 +80,7 @@ class Progress:
         if compiled:
             parts.append(f"compiled in {tqdm.format_interval(now - begin)}")
         else:
-            parts.append(f"{self.images_per_second:,.0f} images/s")
+            parts.append(f"{self.images_per_second:,.0f} {self._unit}/s")
             if rate > 0 and step < self._last:
                 parts.append(f"{tqdm.format_interval((self._last - step) / rate)} left")
         figures = ", ".join(parts)

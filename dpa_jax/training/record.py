@@ -6,14 +6,16 @@ import json
 import math
 import os
 import pathlib
+import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
-from dpa_jax.training.folder import writing
+from dpa_jax.training.folder import folder_of, in_bucket, writing
 
 
 class Recorder:
@@ -29,7 +31,7 @@ class Recorder:
         Lines of later steps, which a killed run wrote after its last checkpoint, are taken out, and so is what is no
         record. It is kept in `metrics.discarded.jsonl`, and `note` says so. TensorBoard is told to hide the same steps.
         """
-        self.workdir = pathlib.Path(workdir)
+        self.workdir = folder_of(workdir)
         self.history: list[dict[str, Any]] = []
         self.note = ""
         self._step = step
@@ -37,6 +39,8 @@ class Recorder:
         self._writes = jax.process_index() == 0
         if self._writes:
             self._take_over()
+        elif self._path.exists():
+            self.history += [line.record for line in _parse(self._path, self._path.read_bytes(), step) if line.record]
 
     def _take_over(self) -> None:
         self.workdir.mkdir(parents=True, exist_ok=True)
@@ -51,9 +55,7 @@ class Recorder:
                 self.history.append(line.record)
         if others:
             discarded = self._path.with_name("metrics.discarded.jsonl")
-            with writing(discarded), discarded.open("ab") as file:
-                file.writelines(text + b"\n" for text in others)
-                _sync(file)
+            append(discarded, b"".join(text + b"\n" for text in others))
             if later:
                 self.note = (
                     f"note: {later} record{'s' if later > 1 else ''} after step {self._step}, where no checkpoint is, "
@@ -87,9 +89,7 @@ class Recorder:
         self.history.append(values)
         if not self._writes:
             return
-        with writing(self._path), self._path.open("a") as file:
-            file.write(json.dumps(values, allow_nan=False) + "\n")
-            _sync(file)
+        append(self._path, (json.dumps(values, allow_nan=False) + "\n").encode())
         with writing(self.workdir / "tensorboard"):
             self._write_scalars(values)
 
@@ -114,12 +114,26 @@ def _tag(name: str) -> str:
     """The name of a figure in TensorBoard, which groups by what comes before the slash."""
     if name in ("epoch", "images_per_second", "seconds"):
         return f"run/{name}"
-    return f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name.removeprefix('train_')}"
+    split, _, figure = name.partition("_")
+    return f"{split}/{figure}" if split in ("eval", "valid") else f"train/{name.removeprefix('train_')}"
+
+
+def finished(history: Sequence[Mapping[str, Any]], config: ConfigDict) -> bool:
+    """Whether a run with these records has come to its end: its last epoch, or where ``config.early_stopping`` says.
+
+    That is Kipf's rule: after more epochs than the window and one, the loss on the validation split is above the mean
+    of the window before it.
+    """
+    epochs, window = [record for record in history if "epoch" in record], config.early_stopping
+    if not epochs or epochs[-1]["epoch"] >= config.epochs:
+        return bool(epochs)
+    losses = [record["valid_loss"] for record in epochs if record.get("valid_loss") is not None]
+    return 0 < window < len(losses) - 1 and losses[-1] > statistics.fmean(losses[-1 - window : -1])
 
 
 def read_history(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
     """The records in a run's folder, oldest first; [] if there are none. What is no record is warned of."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = folder_of(workdir) / "metrics.jsonl"
     lines = _parse(path, path.read_bytes()) if path.exists() else []
     return [line.record for line in lines if line.record is not None]
 
@@ -182,10 +196,23 @@ def _sync(file: IO[Any]) -> None:
     os.fsync(file.fileno())
 
 
+def append(path: pathlib.Path, text: bytes) -> None:
+    """Adds to the end of a file, and returns when it is on the disk; one in a bucket is written anew as a whole."""
+    if in_bucket(path):
+        replace_file(path, (path.read_bytes() if path.exists() else b"") + text)
+        return
+    with writing(path), path.open("ab") as file:
+        file.write(text)
+        _sync(file)
+
+
 def replace_file(path: pathlib.Path, text: bytes) -> None:
     """Writes a file so that a kill leaves either the old one or the new one, whole."""
     new = path.with_name(path.name + ".new")
     with writing(path):
+        if in_bucket(path):
+            path.write_bytes(text)
+            return
         with new.open("wb") as file:
             file.write(text)
             _sync(file)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dpa_jax.activations import diagnose, reset_counters
@@ -20,10 +22,12 @@ from dpa_jax.checks import INT32, check_memory, check_range
 from dpa_jax.config import validate
 from dpa_jax.data.batch import Batch
 from dpa_jax.data.feeds import make_feed
+from dpa_jax.data.feeds.base import BaseFeed
 from dpa_jax.data.feeds.memory import MemoryFeed
 from dpa_jax.data.sources import open_source
 from dpa_jax.models.torch import Weights, match
 from dpa_jax.training import sharding
+from dpa_jax.training.metrics import auc_of_logits
 from dpa_jax.training.optimizer import make_optimizer, make_schedule
 from dpa_jax.training.state import TrainState, create_model, create_state
 from dpa_jax.training.step import make_eval_step, make_train_step
@@ -75,7 +79,7 @@ class Run:
         num_parameters: of one member.
         schedule: 0-based number of a step -> its learning rate.
         feeds: the training examples of each member, in its own order.
-        eval_feed: the evaluation examples.
+        eval_feeds: the examples of each split that is evaluated, by its name.
     """
 
     def __init__(self, config: ConfigDict, devices: Sequence[jax.Device] | None = None):
@@ -90,28 +94,38 @@ class Run:
         everywhere, self.devices = sharding.whole(mesh), devices
 
         here = len(mesh.local_devices)
-        for key in ("batch_size", "eval_batch_size"):
-            if config[key] % len(devices):
-                raise ValueError(f"{key} must be a positive multiple of the {len(devices)} devices, not {config[key]}")
 
         # ---------------- Data ----------------
         source = open_source(config.data)
         self.spec = source.spec
-        feed = make_feed(source, mesh, config.batch_size, config, training=True)
+        for key in ("batch_size", "eval_batch_size"):
+            if config[key] % len(devices) and not self.spec.whole:
+                raise ValueError(f"{key} must be a positive multiple of the {len(devices)} devices, not {config[key]}")
+        if config.batch_size % (config.accumulate * (1 if self.spec.whole else len(devices))):
+            raise ValueError(
+                f"batch_size must be a positive multiple of the {len(devices)} devices times accumulate "
+                f"{config.accumulate}, not {config.batch_size}"
+            )
+        if config.early_stopping and "valid" not in self.spec.splits:
+            raise ValueError(f"config: early_stopping needs a validation split; data {config.data.name!r} has none")
+        feed = make_feed(source, mesh, config.batch_size, config, "train")
         self.feeds = [feed]
-        self.eval_feed = make_feed(source, mesh, config.eval_batch_size, config, training=False)
-        transforms = self.spec.transforms(config, feed, self.eval_feed)
+        self.eval_feeds = {
+            split: make_feed(source, mesh, config.eval_batch_size, config, split) for split in self.spec.splits
+        }
+        eval_feed = self.eval_feeds["eval"]
+        transforms = self.spec.transforms(config, feed, eval_feed)
 
         # ---------------- Model ----------------
         self.model = model = create_model(config, self.spec.num_classes, **self.spec.model_options())
-        wanted = _shapes_of_one(model.example_inputs)
+        wanted = self.spec.example(model.example_inputs)
         key = jax.eval_shape(lambda: jax.random.key(0))
         inputs = {
             "batch_size": jax.eval_shape(transforms.train, key, feed.abstract_batch),
-            "eval_batch_size": jax.eval_shape(transforms.evaluate, self.eval_feed.abstract_batch),
+            "eval_batch_size": jax.eval_shape(transforms.evaluate, eval_feed.abstract_batch),
         }
         for size, given in inputs.items():
-            if (found := _shapes_of_one(given)) != wanted:
+            if (found := self.spec.example(given)) != wanted:
                 raise ValueError(
                     f"model {config.model!r} takes inputs of shape {wanted}; those of data {config.data.name!r} come "
                     f"as {found}. Set config.augment.image_size or the model's sizes in config.model_options."
@@ -127,12 +141,12 @@ class Run:
         # ---------------- One member's functions ----------------
         over_samples = functools.partial(sharding.over_samples, mesh=mesh, sharding=config.sharding)
         coefficients = dict(config.coefficients)
-        train_step = make_train_step(
-            model, optimizer, transforms.train, coefficients, config.label_smoothing, transforms.mix
-        )
+        split = functools.partial(sharding.split, mesh=mesh, number=config.accumulate)
+        smoothing, mix, number = config.label_smoothing, transforms.mix, config.accumulate
+        train_step = make_train_step(model, optimizer, transforms.train, coefficients, smoothing, mix, number, split)
         # Under jit, so that it is traced once: the state has an average of each metric, whose names are found here, and
         # the compiled step takes the trace over.
-        train_step = jax.jit(over_samples(train_step), inline=True)
+        train_step = jax.jit(sharding.known(mesh, over_samples(train_step)), inline=True)
         abstract_state = jax.eval_shape(lambda: create_state(model, optimizer, (), seed=0))
         shardings = sharding.of_state(abstract_state, mesh, config.sharding)
         abstract_state = sharding.placed(abstract_state, shardings)
@@ -151,15 +165,18 @@ class Run:
 
         # ---------------- All members' functions ----------------
         # How many members there are is read off what they are given: what is compiled serves other seeds as well.
-        def step(state: TrainState, batches: list[Batch]):
-            if len(batches) == 1:
+        def step(state: TrainState, batches: list[Batch], leading: tuple[str | None, ...]):
+            if state.step.ndim == 0:
                 return one_step(state, batches[0])
-            return jax.vmap(one_step)(state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches))
+            if len(batches) == 1:  # all members see the same
+                return jax.vmap(one_step, in_axes=(0, None))(state, batches[0])
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+            return sharding.over_members(one_step, mesh, leading)(state, stacked)
 
         # How many of them is an argument, so that one program serves every number: an epoch need not be a multiple, and
         # a run that is cut anywhere goes on with the same bits. A batch is taken, and metrics are put down, in the turn
         # before and after their step, so that they are not fused with it.
-        def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array):
+        def several_steps(state: TrainState, waiting: Any, orders: list[Batch], count: jax.Array, leading: tuple):
             def take(number: jax.typing.ArrayLike) -> list[Batch]:
                 return [self._resident[0].take(waiting, order, number) for order in orders]
 
@@ -169,11 +186,11 @@ class Run:
             def body(number: jax.Array, carry):
                 state, batches, metrics, seen = carry
                 seen = put(seen, number, metrics)
-                state, metrics = step(state, batches)
+                state, metrics = step(state, batches, leading)
                 return state, take(number + 1), metrics, seen
 
             batches, length = take(0), orders[0].labels.shape[0]
-            _, abstract = jax.eval_shape(step, state, batches)
+            _, abstract = jax.eval_shape(functools.partial(step, leading=leading), state, batches)
             metrics = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), abstract)
             seen = jax.tree.map(lambda one: jnp.zeros((length + 1, *one.shape), one.dtype), metrics)
             state, _, metrics, seen = jax.lax.fori_loop(0, count, body, (state, batches, metrics, seen))
@@ -190,12 +207,17 @@ class Run:
 
         def compiled(leading: tuple[str | None, ...]) -> _Compiled:
             shardings = sharding.of_state(self._abstract_member, mesh, config.sharding, leading)
+            like = NamedSharding(mesh, PartitionSpec(*leading))
             jit = functools.partial(jax.jit, out_shardings=shardings)
             return _Compiled(
                 shardings=shardings,
                 init=jit(jax.vmap(create, in_axes=(0, None))) if leading else jit(create, static_argnums=0),
-                step=jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-                several_steps=jit(several_steps, donate_argnums=0, out_shardings=(shardings, everywhere)),
+                step=jit(functools.partial(step, leading=leading), donate_argnums=0, out_shardings=(shardings, like)),
+                several_steps=jit(
+                    functools.partial(several_steps, leading=leading),
+                    donate_argnums=0,
+                    out_shardings=(shardings, NamedSharding(mesh, PartitionSpec(None, *leading))),
+                ),
                 clear_metrics=jit(clear_metrics, donate_argnums=0),
                 enter_evaluation=jit(enter_evaluation, donate_argnums=0),
             )
@@ -205,7 +227,13 @@ class Run:
         self.num_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self._abstract_member.params))
         # Once for all copies of the run.
         self._compiled_for = functools.cache(compiled)
-        self._eval_step = jit(over_samples(make_eval_step(model, transforms.evaluate)))
+        eval_step = make_eval_step(model, transforms.evaluate, self.spec.auc)
+
+        def evaluate_splits(variables: Any, inputs: Any, batches: dict[str, Batch]) -> dict[str, Any]:
+            # Of splits that share their inputs the compiler runs the model once.
+            return {split: eval_step(variables, batch._replace(inputs=inputs)) for split, batch in batches.items()}
+
+        self._eval_step = jit(sharding.known(mesh, over_samples(evaluate_splits)))
         self._record = jit(
             lambda variables, batch: model.apply(
                 variables, transforms.evaluate(batch), batch.labels, mutable=[RECORDS]
@@ -228,7 +256,13 @@ class Run:
 
     @property
     def _compiled(self) -> _Compiled:
-        return self._compiled_for(() if len(self.seeds) == 1 else (None,))
+        several = len(self.seeds) > 1
+        leading = (
+            (None,)
+            if several and self.feeds[0].same_for_all
+            else sharding.of_members(len(self.seeds), self._mesh, self.config)
+        )
+        return self._compiled_for(leading)
 
     def _check_memory(self, what: str, abstract: Any, copies: float) -> None:
         """Raises ValueError where so many devices' parts of a pytree exceed the host's memory, if that is theirs.
@@ -285,8 +319,13 @@ class Run:
 
     @property
     def abstract_batch(self) -> list[Batch]:
-        """Shapes, dtypes and shardings of what a step takes: a batch of each member."""
-        return [feed.abstract_batch for feed in self.feeds]
+        """Shapes, dtypes and shardings of what a step takes: a batch of each member, or one for all."""
+        return [feed.abstract_batch for feed in self._own_feeds]
+
+    @property
+    def _own_feeds(self) -> list[BaseFeed]:
+        """A feed for each member, or one for all where they see the same batches."""
+        return self.feeds[:1] if self.feeds[0].same_for_all else self.feeds
 
     # ---------------- Training ----------------
 
@@ -295,8 +334,7 @@ class Run:
 
         FileNotFoundError says how to get data that is not there.
         """
-        self.eval_feed.load()
-        for feed in self.feeds:
+        for feed in (*self.eval_feeds.values(), *self.feeds):
             feed.load()
 
     def close(self) -> None:
@@ -322,7 +360,7 @@ class Run:
 
         The state is the one after ``number`` steps, and is donated. The number says which examples the step sees.
         """
-        return self._compiled.step(state, [feed.train(number) for feed in self.feeds])
+        return self._compiled.step(state, [feed.train(number) for feed in self._own_feeds])
 
     @property
     def _resident(self) -> list[MemoryFeed]:
@@ -374,17 +412,39 @@ class Run:
         return [{"train_loss": a.pop("loss"), "train_top1": a.pop("top1"), **a} for a in averages]
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, list[Figures]]:
-        """Evaluates the whole evaluation split: of each member its figures, as `Evaluation.compute` names them.
+        """Evaluates every split that is to be, whole: of each member its figures, as ``eval_top1`` or ``valid_loss``.
 
-        The state is donated. The one returned has entered evaluation: the counters of some mechanisms begin anew.
+        They are those of `Evaluation.compute` and, where the data asks for it, ``auc``. The state is donated. The one
+        returned has entered evaluation: the counters of some mechanisms begin anew.
         """
         state = self._compiled.enter_evaluation(state)
-        variables, sums = self._variables(state), None
-        for batch in self.eval_feed.evaluation():
-            parts = [self._eval_step(member, batch) for member in variables]
-            sums = parts if sums is None else self._add(sums, parts)
-        computed = [evaluation.compute(self.config.coefficients) for evaluation in jax.device_get(sums)]
-        return state, [{name: float(value) for name, value in figures.items()} for figures in computed]
+        variables = self._variables(state)
+        sums: list[dict[str, Any]] = [{} for _ in variables]
+        scores: list[dict[str, list]] = [defaultdict(list) for _ in variables]
+        for inputs, batches in self._evaluation_batches():
+            for of_member, own, own_scores in zip(variables, sums, scores, strict=True):
+                for split, (part, seen) in self._eval_step(of_member, inputs, batches).items():
+                    own[split] = self._add(own[split], part) if split in own else part
+                    own_scores[split] += jax.device_get(seen)
+        figures: list[Figures] = [{} for _ in variables]
+        for member, own, own_scores in zip(figures, jax.device_get(sums), scores, strict=True):
+            for split, evaluation in own.items():
+                computed = evaluation.compute(self.config.coefficients)
+                if own_scores[split] and not math.isnan(area := auc_of_logits(own_scores[split])):
+                    computed["auc"] = area
+                member |= {f"{split}_{name}": float(value) for name, value in computed.items()}
+        return state, figures
+
+    def _evaluation_batches(self) -> Iterator[tuple[Any, dict[str, Batch]]]:
+        """Inputs, and the batches of splits that have these: without their inputs, by the splits' names."""
+        batches = {split: feed.evaluation() for split, feed in self.eval_feeds.items()}
+        if self.spec.whole:
+            of_splits = {split: next(some) for split, some in batches.items()}
+            yield of_splits["eval"].inputs, {split: b._replace(inputs=None) for split, b in of_splits.items()}
+            return
+        for split, some in batches.items():
+            for batch in some:
+                yield batch.inputs, {split: batch._replace(inputs=None)}
 
     def diagnose(self, state: TrainState) -> list[str]:
         """What `dpa_jax.diagnose` finds in the first member, from the start to this state and in one evaluation batch.
@@ -395,7 +455,7 @@ class Run:
         if not kept:
             return []
         before, after = (self._variables(given)[0] for given in (self.init(), state))
-        records = self._record(after, next(iter(self.eval_feed.evaluation())))
+        records = self._record(after, next(iter(self.eval_feeds["eval"].evaluation())))
         memories = self._gather([{name: given[name] for name in kept} for given in (before, after)])
         return diagnose(*jax.device_get((*memories, records)))
 
@@ -407,8 +467,3 @@ def _all_devices() -> list[jax.Device]:
         why = str(error).splitlines()[:1] or ["it is not there"]
         platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
         raise ValueError(f"no devices with JAX_PLATFORMS={platforms}: {why[0]}") from error
-
-
-def _shapes_of_one(inputs: Any) -> Any:
-    """The shapes of one example, in the structure of a batch of them."""
-    return jax.tree.map(lambda leaf: leaf.shape[1:], inputs)

@@ -16,6 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dpa_jax.activations.mechanism import Mechanism
 
 AXIS = "data"
 LEAST = 2**14
@@ -25,6 +28,16 @@ LEAST = 2**14
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """The mesh of a run, on devices that need not be here."""
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def known(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, in which mechanisms know the mesh, and so how the batch is spread, while it is traced."""
+
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -63,6 +76,44 @@ def spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     return PartitionSpec(*(AXIS if i == axis else None for i in range(len(shape))))
 
 
+def of_members(seeds: int, mesh: Mesh, config: ConfigDict) -> tuple[str | None, ...]:
+    """How the axis of a run's members is spread, as `of_state` takes it; one member has none.
+
+    Where the devices divide their number, each device has members of its own, with their whole batches, and no step
+    waits for another device. Otherwise, and where batches or states are shared otherwise, each has a part of all.
+    """
+    if seeds == 1:
+        return ()
+    own = mesh.size > 1 and seeds % mesh.size == 0 and config.sharding == "data" and config.accumulate == 1
+    return (AXIS,) if own else (None,)
+
+
+def over_members(function: Callable[..., Any], mesh: Mesh, leading: tuple[str | None, ...]) -> Callable[..., Any]:
+    """``function``, of one member, for arrays that have several in front, spread as `of_members` says.
+
+    Where a device has members of its own, they are all that its program knows of: one member's is that of its run
+    alone. The batches go there before.
+    """
+    if AXIS not in leading:
+        return jax.vmap(function)
+
+    def own(call: Callable[..., Any], arguments: Any, options: Any, context: nn.module.InterceptorContext) -> Any:
+        # A mechanism asks which axis its batch is spread over where a mesh is mapped. Here it is over none.
+        if isinstance(context.module, Mechanism) and getattr(context.module, "axis_name", ()) is None:
+            object.__setattr__(context.module, "axis_name", ())
+        return call(*arguments, **options)
+
+    def on_each(*arguments: Any) -> Any:
+        with nn.intercept_methods(own):
+            if len(jax.tree.leaves(arguments)[0]) > 1:
+                return jax.vmap(function)(*arguments)
+            result = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+            return jax.tree.map(lambda leaf: leaf[None], result)
+
+    shared = PartitionSpec(AXIS)
+    return jax.shard_map(on_each, mesh=mesh, in_specs=shared, out_specs=shared, check_vma=False)
+
+
 def over_samples(function: Callable[..., Any], mesh: Mesh, sharding: str) -> Callable[..., Any]:
     """A function that calls a linen model, in which the devices share every module's output by its first axis.
 
@@ -87,6 +138,20 @@ def over_samples(function: Callable[..., Any], mesh: Mesh, sharding: str) -> Cal
             return function(*arguments)
 
     return inside
+
+
+def split(batch: Any, mesh: Mesh, number: int) -> Any:
+    """Micro-batches of a pytree of arrays, in the order of the batch: [B, ...] -> [N, B / N, ...].
+
+    The devices share each of them by its second axis, for which samples move between the devices once.
+    """
+    shared = NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+    def one(leaf: jax.Array) -> jax.Array:
+        parts = leaf.reshape(number, leaf.shape[0] // number, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(parts, shared)
+
+    return jax.tree.map(one, batch)
 
 
 def placed(abstract: Any, shardings: Any, leading: tuple[int, ...] = ()) -> Any:

@@ -53,7 +53,15 @@ def create_model(config: ConfigDict, num_classes: int, **data_options: Any) -> n
     dnrt = config.mechanism == "dnrt"
     name, arr = ("raa", {"arr": True}) if dnrt else (config.mechanism, {})
     model, mechanism = models.MODELS[config.model], ACTIVATIONS[name]
+    if lacking := data_options.keys() - inspect.signature(model).parameters:
+        raise ValueError(
+            f"config: model {config.model!r} does not take data {config.data.name!r}: it has no {min(lacking)}"
+        )
     given = {**arr, **data_options, "activation": None, "dtype": jnp.dtype(config.precision)}
+    if "remat" in inspect.signature(model).parameters:
+        given["remat"] = config.remat
+    elif config.remat:
+        raise ValueError(f"config: remat is for models of equal blocks, the transformers; {config.model!r} is none")
     # Follow from the data, and from how the run shares a batch among the devices.
     decided = ("num_classes", "axis_name")
     check_options("config", model, config.model_options, "model_options", ("num_classes", *given))

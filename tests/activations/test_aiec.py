@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import dpa_jax
-from dpa_jax.activations.aiec import consensus_mask
 from dpa_jax.activations.penalties import RECORDS
 
 
@@ -41,7 +40,7 @@ def make_step(act, head=None, coefficients=(1.0, 200.0)):
             "grad_decision_weights": grads["decision_weights"],
             "logits": record.seen["logits"],
             "correct": jnp.argmax(record.seen["logits"], -1) == labels,
-            "mask": consensus_mask(jax.tree.map(lambda leaf: leaf[None], record))[0],
+            "mask": record.seen["irrelevant"],
             "counters": mutated["activity_counters"],
         }
 

@@ -1,5 +1,6 @@
-"""A batch spread over eight devices under shard_map and pmap: memories and penalties are those of one device."""
+"""A batch spread over eight devices under shard_map, pmap and a known mesh: the numbers are those of one device."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import dpa_jax
+from dpa_jax.activations import arr, memory
+from dpa_jax.activations.sharding import batch_axes
+from dpa_jax.training.cost import count_collectives
 
 K, C, DEVICES, STEPS = 4, 6, 8, 4
 B = 3 * DEVICES
@@ -172,6 +176,23 @@ def pmapped(model):
     return whole
 
 
+def under_a_mesh(model, *sizes, batch_over=None):
+    """Nothing is mapped: the batch is spread over a mesh that was entered, if the devices divide it."""
+    axes = ("data", "model")[: len(sizes)]
+    mesh = jax.make_mesh(sizes, axes, axis_types=(AxisType.Auto,) * len(sizes))
+    over = SPREAD if B % sizes[0] == 0 else REPLICATED
+    step = jax.jit(make_step(model))
+
+    def whole(variables, x, labels):
+        x, labels = jax.device_put((x, labels), NamedSharding(mesh, over))
+        rules = nn.logical_axis_rules([("batch", batch_over)]) if batch_over else contextlib.nullcontext()
+        with jax.set_mesh(mesh), rules:
+            assert batch_axes(B) == (("data",) if over == SPREAD and (len(sizes) == 1 or batch_over) else ())
+            return step(jax.device_put(variables, NamedSharding(mesh, REPLICATED)), x, labels)
+
+    return whole
+
+
 def run(step, variables):
     steps = []
     for t in range(STEPS):
@@ -203,7 +224,20 @@ def one_device():
 )
 def test_many_devices_equal_one(one_device, transform, scan):
     variables, expected = one_device[scan]
-    steps = run(transform(Net(scan=scan, axis_name="data")), variables)
+    assert_equal_steps(run(transform(Net(scan=scan, axis_name="data")), variables), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_over", "scan"),
+    [((8,), None, False), ((8,), None, True), ((4, 2), "data", False), ((4, 2), None, False), ((5,), None, False)],
+    ids=["one-axis", "layers", "two-axes", "two-axes-unnamed", "undivided"],
+)
+def test_a_known_mesh_equals_one_device(one_device, sizes, batch_over, scan):
+    variables, expected = one_device[scan]
+    assert_equal_steps(run(under_a_mesh(Net(scan=scan), *sizes, batch_over=batch_over), variables), expected)
+
+
+def assert_equal_steps(steps, expected):
     for ours, theirs in zip(steps, expected, strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, theirs)
@@ -270,3 +304,59 @@ def test_a_model_of_its_own_on_each_device():
     alone = jax.jit(jax.vmap(functools.partial(step, None)))(x, labels)
     members = jax.pmap(functools.partial(step, ()))(x, labels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), members, alone)
+
+
+@pytest.mark.parametrize("channels", [C, 16, 2 * DEVICES + 1])
+def test_shards_give_the_bits_of_one_device(channels):
+    rng = np.random.default_rng(channels)
+    labels, count = rng.integers(-1, K + 1, (2, B)), rng.integers(0, 3, K)  # K is no class either
+    recalled, terms = rng.normal(size=(2, 2, B, channels)).astype(np.float32)
+    factors = rng.uniform(size=(2, B)).astype(np.float32)
+
+    def computed(labels, count, recalled, factors, terms):
+        weights = memory.update_weights(labels[0], K, 0.9)
+        rows = memory.prefix_rows(recalled, factors, terms, jax.vmap(memory.gather_labels)(labels))
+        return weights, arr.response_steps(labels[0], count, 0.1, 2), rows
+
+    arguments = labels, count, recalled, factors, terms
+    expected = jax.jit(computed)(*arguments)
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))):
+        compiled = jax.jit(computed).lower(*arguments).compile()
+        assert "all-to-all" in compiled.as_text()
+        jax.tree.map(np.testing.assert_array_equal, compiled(*arguments), expected)
+
+
+@pytest.mark.parametrize("mechanism", [dpa_jax.DPA, dpa_jax.ARR, dpa_jax.AIEC])
+def test_samples_that_are_not_finite_take_no_part_on_any_device(mechanism):
+    act, (x, labels) = mechanism(K, update_interval=1, pool="none"), batch(1)
+    x[3, 2], x[-5, 0] = np.nan, np.inf
+    variables = act.init(jax.random.key(0), x)
+
+    def seen(x, labels):
+        _, mutated = act.apply(variables, x, labels, train=True, mutable=dpa_jax.MUTABLE)
+        return dpa_jax.penalties(mutated), {name: mutated.get(name) for name in variables}
+
+    expected = jax.jit(seen)(x, labels)
+    with jax.set_mesh(jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))):
+        found = jax.jit(seen)(x, labels)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
+def test_more_layers_make_no_more_exchanges():
+    def exchanges(depth):
+        model = nn.Sequential([dpa_jax.DPA(K, pool="none") for _ in range(depth)])
+        variables = model.init(jax.random.key(0), jnp.zeros((B, C)))
+
+        def penalty(x, labels):
+            with dpa_jax.supervise(labels, train=True):
+                _, mutated = model.apply(variables, x, mutable=dpa_jax.MUTABLE)
+            return dpa_jax.penalties(mutated)["channel"]
+
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+        inputs = jax.device_put(batch(0), NamedSharding(mesh, SPREAD))
+        with jax.set_mesh(mesh):
+            counts = count_collectives(jax.jit(penalty).lower(*inputs).compile().as_text())
+        return {kind: count for kind, count in counts.items() if kind != "all-reduce"}  # the compiler joins those
+
+    assert exchanges(1) == exchanges(3) == {"all-to-all": 2}

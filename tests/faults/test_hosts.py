@@ -2,7 +2,6 @@
 
 import random
 import signal
-import socket
 import time
 
 import jax
@@ -12,17 +11,15 @@ import pytest
 from etils import epath
 
 from tests.faults.harness import ROOT, TINY, Fault
+from tests.helpers import free_port
 
 _KILLS = 12  # of one process of two, at random moments
 
 
 def start(case, *each, env=({}, {}), only=(0, 1)):
     """Starts two processes of one run, as Slurm would, each with its own arguments and environment; or one alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     cluster = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    cluster["JAX_COORDINATOR_PORT"] = port
+    cluster["JAX_COORDINATOR_PORT"] = str(free_port())
     return [
         case.start(
             "dpa_jax.train",

@@ -1,5 +1,6 @@
 """Parts that models share."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import dpa_jax
+from dpa_jax.models import create
 from dpa_jax.models.layers import activate
 
 K, B, ROWS, N, C = 3, 6, 4, 5, 8
@@ -102,3 +104,34 @@ def test_an_empty_batch_has_no_logits_and_no_statistics():
         assert jax.eval_shape(model.apply, variables, empty).shape == (0, K)
     with pytest.raises(ValueError, match="ResNet: an empty batch has no statistics to train with"):
         jax.eval_shape(lambda v, x: resnet.apply(v, x, train=True, mutable=True), variables, empty)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_blocks_that_are_computed_again_give_the_same():
+    """The gradients, and each memory once: also the one that its gradient updates."""
+    images, labels = jax.random.normal(jax.random.key(0), (8, 8, 8, 1)), jnp.arange(8) % K
+    options = {"image_size": 8, "in_channels": 1, "embed_dim": 8, "num_heads": 2, "depth": 2, "arr": True}
+    options |= {"activation": dpa_jax.activation("dpa", num_classes=K, update_interval=1), "dropout": 0.1}
+
+    def results(remat):
+        model = create("vit", K, remat=remat, stochastic_depth=0.1, **options)
+        variables = model.init(jax.random.key(1), images)
+        state = {name: value for name, value in variables.items() if name not in ("params", "backward_memory")}
+
+        def loss_fn(params, backward_memory):
+            variables = {**state, "params": params, "backward_memory": backward_memory}
+            logits, mutated = model.apply(
+                variables, images, labels, train=True, mutable=dpa_jax.MUTABLE, rngs={"dropout": jax.random.key(2)}
+            )
+            terms = dpa_jax.penalties(mutated)
+            return jnp.sum(logits**2) + terms["channel"] + terms["arr"], {name: mutated[name] for name in state}
+
+        step = jax.jit(jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))
+        lowered = step.lower(variables["params"], variables["backward_memory"])
+        return lowered.compile()(variables["params"], variables["backward_memory"]), lowered.as_text()
+
+    (kept, fewer), (again, more) = results(False), results(True)
+    assert more.count("dot_general") > fewer.count("dot_general")
+    chex.assert_trees_all_close(again, kept, rtol=1e-6, atol=1e-6)
+    (_, mutated), (_, updates) = again
+    assert all(leaf.any() for leaf in jax.tree.leaves((mutated, updates)) if leaf.ndim > 1)

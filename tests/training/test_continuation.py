@@ -230,7 +230,7 @@ def test_evaluation_by_itself_starts_the_counters_anew_as_the_loops_does(tmp_pat
 
     def gate_loss(variables):
         """Of the whole split at once."""
-        split = run.eval_feed.split
+        split = run.eval_feeds["eval"].split
         images = (split.inputs / np.float32(255) - np.float32(0.498)) / np.float32(0.205)
         _, mutated = run.model.apply(variables, images, split.labels, mutable=dpa_jax.MUTABLE)
         return float(dpa_jax.penalties(mutated)["gate"])

@@ -55,6 +55,14 @@ def test_a_collective_that_is_split_counts_once():
     assert cost.count_collectives(text) == {"all-reduce": 2, "collective-permute": 1}
 
 
+def test_collectives_of_shard_map_are_counted_one_by_one():
+    text = """
+  %there.1 = f32[8] all-to-all(%a), channel_id=1, metadata={op_name="jit(f)/shard_map/all_to_all"}
+  ROOT %back.2 = f32[8] all-to-all(%there.1), channel_id=1, metadata={op_name="jit(f)/shard_map/all_to_all"}
+"""
+    assert cost.count_collectives(text) == {"all-to-all": 2}
+
+
 def test_the_ceiling_is_where_the_memory_stops_the_arithmetic():
     figures = dict.fromkeys(("peak_bytes", "argument_bytes", "temporary_bytes"), 2**30)
     figures |= {"devices": 4, "collectives": {}, "compile_seconds": 1.0, "memory_bytes": 2**30 - 1}

@@ -12,7 +12,7 @@ from jax._src import distributed
 
 from dpa_jax.training import hosts, run
 from tests.faults.harness import TINY, environment
-from tests.helpers import tiny_config
+from tests.helpers import free_port, tiny_config
 
 
 def test_jax_keeps_its_client_where_it_is_looked_for():
@@ -64,7 +64,7 @@ def test_a_platform_without_devices_is_one_line(monkeypatch, error):
 
 def test_the_line_without_a_cluster_and_with_a_wrong_address():
     why = hosts.Hosts()._why_not_joined(ValueError("coordinator_address should be defined."))
-    assert "Slurm" in why and "--coordinator=HOST:PORT --processes=N --process=I" in why
+    assert "Slurm" in why and "--coordinator=HOST:PORT --num_processes=N --process_id=I" in why
     for address in ("here", "here:0", "here:70000"):
         with pytest.raises(SystemExit, match=f"HOST:PORT; got '{address}'"):
             hosts.Hosts(address).__enter__()
@@ -91,13 +91,11 @@ def test_a_process_that_does_not_answer_is_found(monkeypatch):
 
 def start(folder, *each, wait=True):
     """Trains in two processes, each with its own arguments; [(exit status, last line of standard error)]."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--processes=2"]
+    by_hand = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     command = [sys.executable, "-m", "dpa_jax.train", *TINY, "--workdir=run", *by_hand]
     processes = [
         subprocess.Popen(
-            [*command, f"--process={index}", *arguments],
+            [*command, f"--process_id={index}", *arguments],
             cwd=folder,
             env=os.environ | environment(),
             stdout=subprocess.PIPE,
@@ -134,8 +132,9 @@ def test_a_killed_process_ends_the_other_and_both_go_on(tmp_path):
         assert processes[0].poll() is None, ended(processes)
         time.sleep(0.01)
     processes[0].kill()
+    since = time.monotonic()
     (killed, _), (status, line) = ended(processes)
-    assert (killed, status) == (-signal.SIGKILL, 1)
+    assert (killed, status) == (-signal.SIGKILL, 1) and time.monotonic() - since < 60
     assert line.startswith("error: ") and line.endswith("start all processes again to go on")
     again = ["--config.epochs=1", "--config.allow_change=epochs"]
     assert [status for status, _ in start(tmp_path, again, again)] == [0, 0]

@@ -108,7 +108,7 @@ def test_evaluation_counts_the_whole_split(finished):
     assert figures == {name[5:]: value for name, value in last.items() if name.startswith("eval_")}
 
     # By hand: all 20 images at once, without batches, padding or counts.
-    split, state = build(config).eval_feed.split, jax.device_get(restore(config, workdir)[1])
+    split, state = build(config).eval_feeds["eval"].split, jax.device_get(restore(config, workdir)[1])
     logits = np.asarray(jax.jit(create_model(config, 4, in_channels=1).apply)(state.variables, normalized(split)))
     log_probabilities, taken = log_softmax(logits), np.argmax(logits, axis=1)
     scores = sklearn.metrics.precision_recall_fscore_support(split.labels, taken, average="macro", zero_division=0)

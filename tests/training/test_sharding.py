@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from dpa_jax.training import sharding
 from dpa_jax.training.checkpoint import Checkpoints
 from dpa_jax.training.continuation import check_unchanged, write_config
+from dpa_jax.training.cost import count_collectives
 from dpa_jax.training.run import build
 from tests.helpers import tiny_config
 
@@ -91,7 +92,7 @@ def test_a_shared_state_computes_as_a_whole_one(runs):
 def test_a_checkpoint_goes_to_any_number_of_devices_and_either_sharding(runs, tmp_path):
     _, _, _, state = runs["fsdp"]
     expected, step = jax.device_get(state), int(state.step)
-    for number, (how, devices) in enumerate([("data", 1), ("fsdp", 4), ("data", 8), ("fsdp", 8)]):
+    for number, (how, devices) in enumerate([("data", 1), ("fsdp", 4), ("fsdp", 8)]):
         with Checkpoints(tmp_path / str(number), keep=1) as checkpoints:
             checkpoints.save(step, state)
             checkpoints.wait()
@@ -109,13 +110,49 @@ def test_a_run_may_go_on_with_the_other_sharding(tmp_path):
     assert check_unchanged(fsdp(), tmp_path, 48) == ["note: sharding was 'data' and is 'fsdp' now"]
 
 
-def test_the_members_of_a_shared_state_are_shared_likewise():
-    small = {"mechanism": "relu", "model_options__patch_size": 8}
-    run = build(fsdp(**small), seeds=(0, 1))
-    states, metrics = run.step(run.init(), 0)
+def test_members_micro_batches_and_a_shared_state_go_together():
+    small = {"batch_size": 16, "model_options__patch_size": 8, "optimizer__name": "sgd"}
+    run = build(fsdp(accumulate=2, **small), jax.devices()[:2], seeds=(0, 1))
+    member = build(tiny_config(seed=1, **small), jax.devices()[:2])
+    states, state = run.init(), member.init()
+    for step in range(2):
+        states, metrics = run.step(states, step)
+        state, wanted = member.step(state, step)
     assert states.params["blocks"]["mlp"]["expand"]["kernel"].sharding.spec == PartitionSpec(None, None, None, "data")
-    alone, wanted = (member := build(fsdp(seed=1, **small))).step(member.init(), 0)
     assert run.members(metrics)[1]["loss"] == pytest.approx(float(wanted["loss"]), abs=1e-5)
-    _, (_, figures) = run.evaluate(states)
-    _, (expected,) = member.evaluate(alone)
+    (_, (_, figures)), (_, (expected,)) = run.evaluate(states), member.evaluate(state)
     assert figures["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "expected"),
+    [
+        (1, {}, ()),
+        (16, {}, ("data",)),
+        (12, {}, (None,)),
+        (16, {"sharding": "fsdp"}, (None,)),
+        (16, {"accumulate": 2}, (None,)),
+    ],
+)
+def test_members_have_devices_of_their_own_where_these_divide_them(seeds, changes, expected):
+    config = tiny_config(**changes)
+    assert sharding.of_members(seeds, sharding.make_mesh(jax.devices()), config) == expected
+    assert sharding.of_members(seeds, sharding.make_mesh(jax.devices()[:1]), config) == ((None,) if seeds > 1 else ())
+
+
+def test_a_member_with_a_device_of_its_own_is_the_run_alone():
+    options = {"model_options__arr": True, "model_options__dropout": 0.1, "optimizer__name": "sgd"}
+    run = build(tiny_config(**options), jax.devices()[:2], seeds=(0, 1))
+    alone = build(tiny_config(seed=1, **options), jax.devices()[:1])
+    # The batches go to their members; nothing else goes anywhere.
+    assert set(count_collectives(run.lower().compile().as_text())) == {"all-to-all"}
+    states, state = run.init(), alone.init()
+    assert len(states.step.addressable_shards[0].data) == 1
+    for step in range(5):  # the memories are updated in the last
+        states, metrics = run.step(states, step)
+        state, wanted = alone.step(state, step)
+    mine = jax.tree.map(lambda leaf: np.asarray(leaf)[1], (states, metrics))
+    chex.assert_trees_all_equal(mine, jax.device_get((state, wanted)))
+    assert mine[0].model_state["forward_memory"]["blocks"]["mlp"]["activation"]["mean"].any()
+    assert run.evaluate(states)[1][1]["loss"] == pytest.approx(alone.evaluate(state)[1][0]["loss"], abs=1e-5)
+    assert len(run.figures(run.init())) == 2

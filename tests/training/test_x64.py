@@ -34,7 +34,7 @@ def trained(mechanism):
     state = jax.jit(lambda: create_state(model, optimizer, ("loss",), seed=0))()
     for _ in range(2):
         state, metrics = step(state, batch)
-    evaluation = jax.jit(make_eval_step(model, lambda batch: batch.inputs))(state.variables, batch)
+    evaluation, _ = jax.jit(make_eval_step(model, lambda batch: batch.inputs))(state.variables, batch)
     figures = evaluation.compute(config.coefficients)
     leaves = jax.tree_util.tree_leaves_with_path((state, metrics, evaluation, figures))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 require_train(__name__)
 
 
-def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
-    """The feed of a source's training or evaluation split: from memory, or one that reads images at every step.
+def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, split: str) -> BaseFeed:
+    """The feed of a split: from memory, one that reads images at every step, or that of a whole graph.
 
     Nothing is loaded or put on a device yet; of images in files the headers may be read, to compare their sizes.
 
@@ -26,7 +26,7 @@ def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, t
       mesh: has the one axis `"data"`, which batches are sharded over; its devices need not be there.
       batch_size: the global batch size, a multiple of the mesh's devices.
       config: a run's configuration; `seed`, `augment` and of `data` `resident`, `corrupt` and `workers` count.
-      training: whether it feeds the training split; what is done about corrupt images depends on it.
+      split: "train", or one of the spec's `splits`; what is done about corrupt images depends on it.
 
     Raises:
       ValueError: the batch size does not divide, or the configuration does not suit the source.
@@ -39,5 +39,9 @@ def make_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, t
     if isinstance(source.spec, ImageSpec) and source.spec.encoded:
         from dpa_jax.data.feeds.stream import make_image_feed
 
-        return make_image_feed(source, mesh, batch_size, config, training)
-    return MemoryFeed(source, mesh, batch_size, config, training)
+        return make_image_feed(source, mesh, batch_size, config, split)
+    if source.spec.whole:
+        from dpa_jax.data.feeds.whole import WholeFeed
+
+        return WholeFeed(source, mesh, batch_size, config, split)
+    return MemoryFeed(source, mesh, batch_size, config, split)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dpa_jax.data.batch import Batch
+from dpa_jax.data.batch import SPLITS, Batch
 from dpa_jax.data.feeds.sampler import Sampler
 from dpa_jax.data.sources import Source
 
@@ -25,17 +25,20 @@ class BaseFeed(abc.ABC):
 
     Arguments are those of `make_feed`; `inputs` is a pytree of ArraySpec, one example as it is in a batch, where that
     is not as the source has it.
+
+    Attributes:
+        same_for_all: whether members of a run with other seeds see the same batches.
     """
 
-    def __init__(
-        self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool, inputs: Any = None
-    ):
+    same_for_all = False
+
+    def __init__(self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, split: str, inputs: Any = None):
         if batch_size < 1 or batch_size % mesh.size:
             raise ValueError(f"batch_size must be a positive multiple of the {mesh.size} devices, not {batch_size}")
         self.spec, self.mesh, self.batch_size, self.seed = source.spec, mesh, batch_size, config.seed
-        self.num_examples = self.spec.train_examples if training else self.spec.test_examples
+        self.num_examples = self.spec.train_examples if split == "train" else self.spec.test_examples
         self.inputs = self.spec.inputs if inputs is None else inputs
-        self._open = lambda: source.load()[0 if training else 1]
+        self._open = lambda: source.load()[SPLITS.index(split)]
         self._sharded = NamedSharding(mesh, PartitionSpec("data"))
 
     @property

@@ -32,11 +32,11 @@ class MemoryFeed(BaseFeed):
         mesh: Mesh,
         batch_size: int,
         config: ConfigDict,
-        training: bool,
+        split: str,
         inputs: Any = None,
         decode: Callable[[Any], ArraySplit] = lambda split: split,
     ):
-        super().__init__(source, mesh, batch_size, config, training, inputs)
+        super().__init__(source, mesh, batch_size, config, split, inputs)
         self.resident = config.data.resident
         if self.resident == "auto":
             leaves = jax.tree.leaves(self.inputs)

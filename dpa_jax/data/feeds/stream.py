@@ -27,9 +27,9 @@ from dpa_jax.data.feeds.read_ahead import read_ahead
 from dpa_jax.data.sources import Source
 
 
-def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool) -> BaseFeed:
+def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, split: str) -> BaseFeed:
     """The feed for images that are stored encoded; arguments and errors are those of `make_feed`."""
-    spec, resident = source.spec, config.data.resident
+    spec, resident, training = source.spec, config.data.resident, split == "train"
     examples = spec.train_examples if training else spec.test_examples
     # An image has a pixel at least: what cannot fit is not even opened.
     if resident == "device" or (resident == "auto" and fits(examples * spec.inputs.shape[-1], mesh)):
@@ -39,8 +39,8 @@ def make_image_feed(source: Source, mesh: Mesh, batch_size: int, config: ConfigD
         if resident == "device" or (fits(size, mesh) and all(other == shape for _, other in shapes)):
             inputs = ArraySpec(shape, spec.inputs.dtype)
             decode = functools.partial(decode_all, training=training, replace=config.data.corrupt == "replace")
-            return MemoryFeed(source, mesh, batch_size, config, training, inputs, decode)
-    return StreamFeed(source, mesh, batch_size, config, training)
+            return MemoryFeed(source, mesh, batch_size, config, split, inputs, decode)
+    return StreamFeed(source, mesh, batch_size, config, split)
 
 
 class StreamFeed(BaseFeed):
@@ -50,11 +50,11 @@ class StreamFeed(BaseFeed):
     in `data.workers` processes, or in threads of this one; the devices do the rest of `augment`.
     """
 
-    def __init__(self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, training: bool):
+    def __init__(self, source: Source, mesh: Mesh, batch_size: int, config: ConfigDict, split: str):
         size, stored = config.augment.image_size, source.spec.inputs
         inputs = ArraySpec((size, size, stored.shape[-1]), stored.dtype)
-        super().__init__(source, mesh, batch_size, config, training, inputs)
-        self._crop: Any = (TrainCrop if training else EvalCrop).from_config(config.augment)
+        super().__init__(source, mesh, batch_size, config, split, inputs)
+        self._crop: Any = (TrainCrop if split == "train" else EvalCrop).from_config(config.augment)
         self._replace, self._workers = config.data.corrupt == "replace", config.data.workers
         self._stream: Generator[Rows, None, None] | None = None
         self._next_step = 0

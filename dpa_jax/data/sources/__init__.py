@@ -7,6 +7,7 @@ from dpa_jax.extras import require_train
 require_train(__name__)
 
 import functools
+import importlib
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -19,6 +20,17 @@ from dpa_jax.data.sources.long_tail import long_tailed
 from dpa_jax.data.sources.parquet import open_parquet
 from dpa_jax.data.sources.synthetic import open_synthetic
 from dpa_jax.data.sources.tfds import open_tfds
+from dpa_jax.data.sources.tokens import open_tokens
+
+
+def _importing(module: str, name: str, *arguments: str) -> Callable[[ConfigDict], Source]:
+    """A function of a module here that imports JAX: not before it is called, for worker processes import this one."""
+
+    def open_it(data: ConfigDict) -> Source:
+        return getattr(importlib.import_module(f"dpa_jax.data.sources.{module}"), name)(*arguments, data)
+
+    return open_it
+
 
 SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "digits": open_digits,
@@ -29,6 +41,20 @@ SOURCES: dict[str, Callable[[ConfigDict], Source]] = {
     "folder": open_folder,
     "parquet": open_parquet,
     "tfds:NAME": open_tfds,
+    "cora": _importing("planetoid", "open_planetoid", "cora"),
+    "citeseer": _importing("planetoid", "open_planetoid", "citeseer"),
+    "pubmed": _importing("planetoid", "open_planetoid", "pubmed"),
+    "dgraph": _importing("npz_graph", "open_dgraph"),
+    "npz:PATH": _importing("npz_graph", "open_npz"),
+    "digits_graph": _importing("digits_graph", "open_digits_graph"),
+    "r8_graph": _importing("text_graph", "open_text_graph"),
+    "mr_graph": _importing("text_graph", "open_text_graph"),
+    "20news_graph": _importing("text_graph", "open_text_graph"),
+    "text_graph:PATH": _importing("text_graph", "open_text_graph"),
+    "r8": open_tokens,
+    "mr": open_tokens,
+    "20news": open_tokens,
+    "text:PATH": open_tokens,
     "synthetic": open_synthetic,
     "fake_data": open_synthetic,
 }
@@ -58,9 +84,13 @@ def open_source(data: ConfigDict) -> Source:
     from dpa_jax.checks import check_choice  # not above: it imports JAX, which worker processes should not
 
     prefix, colon, _ = data.name.partition(":")
-    name = f"{prefix}:NAME" if colon else data.name
+    name = next((name for name in SOURCES if colon and name.startswith(f"{prefix}:")), data.name)
     if name not in SOURCES:
         check_choice("config", "data.name", data.name, SOURCES)
     source = SOURCES[name](data)
     source.spec = source.spec.configured(data)
-    return source if data.imbalance == 1 else long_tailed(source, data.imbalance)
+    if data.imbalance == 1:
+        return source
+    if source.spec.whole:
+        raise ValueError(f"config: data.imbalance takes examples away; data {data.name!r} is one: it must be 1.0")
+    return long_tailed(source, data.imbalance)

@@ -21,13 +21,13 @@ class Source:
     """
 
     def __init__(
-        self, spec: Spec, read: Callable[[], tuple[Split, Split]], class_counts: Callable[[], np.ndarray | list[int]]
+        self, spec: Spec, read: Callable[[], tuple[Any, ...]], class_counts: Callable[[], np.ndarray | list[int]]
     ):
         self.spec, self._read, self.class_counts = spec, read, class_counts
-        self._splits: tuple[Split, Split] | None = None
+        self._splits: tuple[Any, ...] | None = None
 
-    def load(self) -> tuple[Any, Any]:
-        """The training and the evaluation split: `ArraySplit`s, read once, or of encoded images `EncodedSplit`s.
+    def load(self) -> tuple[Any, ...]:
+        """The splits, of `SPLITS` those that there are: `ArraySplit`s, read once, or of encoded images `EncodedSplit`s.
 
         Raises:
           FileNotFoundError: the data is not there; the message says how to get it.

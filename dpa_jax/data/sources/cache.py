@@ -44,10 +44,15 @@ def remembered(key: str, compute: Callable[[], Any], watched: Callable[[Any], It
 def converted(paths: Iterable[str], convert: Callable[[pathlib.Path], Any], suffix: str) -> pathlib.Path:
     """A file in the cache folder that `convert` makes of others, anew where one has another size or time."""
     paths = list(paths)
-    file = _file(json.dumps([paths, _facts(map(pathlib.Path, paths))]), suffix)
+    return computed(json.dumps([paths, _facts(map(pathlib.Path, paths))]), convert, suffix)
+
+
+def computed(key: str, compute: Callable[[pathlib.Path], Any], suffix: str) -> pathlib.Path:
+    """A file in the cache folder that `compute` writes once for all that the key says."""
+    file = _file(key, suffix)
     if not file.exists():
         try:
-            write_whole(file, convert)
+            write_whole(file, compute)
         except OSError as error:
             raise OSError(f"cannot write {file}: {error}. XDG_CACHE_HOME=DIR chooses another cache folder") from error
     return file

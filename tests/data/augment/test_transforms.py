@@ -275,7 +275,7 @@ def test_two_and_eight_devices_give_what_one_gives(name):
 
     def values(devices: int) -> list[np.ndarray]:
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-        feed = make_feed(source, mesh, 16, default_config(), training=True)
+        feed = make_feed(source, mesh, 16, default_config(), split="train")
         return [np.asarray(transform(jax.random.key(0), feed.train(step))) for step in range(3)]
 
     for one, two, eight in zip(values(1), values(2), values(8), strict=True):

@@ -32,10 +32,10 @@ def make_source(split: ArraySplit, spec: Spec | None = None, reads: list | None 
     return Source(spec, read, lambda: np.bincount(split.labels, minlength=7))
 
 
-def feed_of(source, mesh, batch_size, seed=0, resident="auto", training=True):
+def feed_of(source, mesh, batch_size, seed=0, resident="auto", split="train"):
     config = default_config()
     config.seed, config.data.resident = seed, resident
-    return make_feed(source, mesh, batch_size, config, training)
+    return make_feed(source, mesh, batch_size, config, split)
 
 
 def make_mesh(devices: int) -> Mesh:
@@ -117,7 +117,7 @@ def test_batches_are_the_splits_rows_on_any_devices(devices, resident):
 @pytest.mark.parametrize("resident", ["device", "host"])
 def test_evaluation_sees_the_whole_split_in_order_and_pads_the_end(resident):
     split = make_split(21)
-    feed = feed_of(make_source(split), make_mesh(8), batch_size=8, resident=resident, training=False)
+    feed = feed_of(make_source(split), make_mesh(8), batch_size=8, resident=resident, split="eval")
     feed.load()
     with jax.transfer_guard("disallow"):
         batches = list(feed.evaluation())
@@ -129,7 +129,7 @@ def test_evaluation_sees_the_whole_split_in_order_and_pads_the_end(resident):
 
 
 def test_a_split_smaller_than_the_batch_can_be_evaluated():
-    (batch,) = feed_of(make_source(make_split(3)), make_mesh(8), batch_size=8, training=False).evaluation()
+    (batch,) = feed_of(make_source(make_split(3)), make_mesh(8), batch_size=8, split="eval").evaluation()
     assert (np.asarray(batch.labels) >= 0).sum() == 3
 
 
@@ -177,7 +177,7 @@ def test_a_source_is_read_once_and_not_before_it_is_needed(resident):
     source = make_source(make_split(), reads=reads)
     feed = feed_of(source, make_mesh(2), 4, resident=resident)
     others = [feed.reordered(seed) for seed in (1, 2)]
-    evaluation = feed_of(source, make_mesh(2), 4, resident=resident, training=False)
+    evaluation = feed_of(source, make_mesh(2), 4, resident=resident, split="eval")
     assert feed.abstract_batch.inputs.shape == (4, 4, 5, 3) and feed.sampler.steps(2) == 10 and not reads
     feed.load()
     for other in (feed, *others):
@@ -218,7 +218,7 @@ def test_inputs_may_be_any_pytree(resident):
             leaf, abstract = batch.inputs[name], feed.abstract_batch.inputs[name]
             assert np.array_equal(leaf, array[index])
             assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
-    *_, last = feed_of(source, make_mesh(4), 8, resident=resident, training=False).evaluation()
+    *_, last = feed_of(source, make_mesh(4), 8, resident=resident, split="eval").evaluation()
     assert np.array_equal(last.inputs["tokens"], inputs["tokens"][[16, 17, 18, 19, 20, 0, 0, 0]])
     assert np.array_equal(last.labels, [*split.labels[16:], -1, -1, -1])
     transforms = source.spec.transforms(default_config(), feed, feed)

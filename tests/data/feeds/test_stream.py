@@ -80,11 +80,11 @@ def source_of(root):
 def train_feed(root, devices=8, batch_size=8, seed=0, **changes):
     config = make_config(**changes)
     config.seed = seed
-    return make_feed(source_of(root), make_mesh(devices), batch_size, config, training=True)
+    return make_feed(source_of(root), make_mesh(devices), batch_size, config, split="train")
 
 
 def eval_feed(root, devices=8, batch_size=8, **changes):
-    return make_feed(source_of(root), make_mesh(devices), batch_size, make_config(**changes), training=False)
+    return make_feed(source_of(root), make_mesh(devices), batch_size, make_config(**changes), split="eval")
 
 
 def as_numpy(batch):
@@ -447,9 +447,9 @@ config.data.resident = "host"
 config.data.update(name="folder", dir=str(root))
 source = open_source(config.data)
 mesh = Mesh(np.array(jax.devices()), ("data",))
-feed = make_feed(source, mesh, 8, config, training=True)
+feed = make_feed(source, mesh, 8, config, split="train")
 batches = [feed.train(step) for step in range(4)]
-batches += make_feed(source, mesh, 8, config, training=False).evaluation()
+batches += make_feed(source, mesh, 8, config, split="eval").evaluation()
 for batch in batches:
     for leaf in jax.tree.leaves(batch):
         for shard in leaf.addressable_shards:
