@@ -34,6 +34,8 @@ def known(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, in which mechanisms know the mesh, and so how the batch is spread, while it is traced."""
 
     def traced(*arguments: Any) -> Any:
+        if jax.sharding.get_abstract_mesh().manual_axes:  # of `over_members`: a device has all of its members' batches
+            return function(*arguments)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*arguments)
 

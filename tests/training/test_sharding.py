@@ -121,7 +121,7 @@ def test_members_micro_batches_and_a_shared_state_go_together():
     assert states.params["blocks"]["mlp"]["expand"]["kernel"].sharding.spec == PartitionSpec(None, None, None, "data")
     assert run.members(metrics)[1]["loss"] == pytest.approx(float(wanted["loss"]), abs=1e-5)
     (_, (_, figures)), (_, (expected,)) = run.evaluate(states), member.evaluate(state)
-    assert figures["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert figures["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -154,5 +154,5 @@ def test_a_member_with_a_device_of_its_own_is_the_run_alone():
     mine = jax.tree.map(lambda leaf: np.asarray(leaf)[1], (states, metrics))
     chex.assert_trees_all_equal(mine, jax.device_get((state, wanted)))
     assert mine[0].model_state["forward_memory"]["blocks"]["mlp"]["activation"]["mean"].any()
-    assert run.evaluate(states)[1][1]["loss"] == pytest.approx(alone.evaluate(state)[1][0]["loss"], abs=1e-5)
+    assert run.evaluate(states)[1][1]["eval_loss"] == pytest.approx(alone.evaluate(state)[1][0]["eval_loss"], abs=1e-5)
     assert len(run.figures(run.init())) == 2
