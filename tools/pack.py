@@ -1,13 +1,13 @@
 """Packs a campaign for a bare machine without a network, in pieces, with one command that starts it there.
 
-    python tools/pack.py papers --data DIR --to PACK [--bundle DIR] [--have 'jax==0.11.2 flax'] [--dry_run]
+    python tools/pack.py papers --data DIR --to PACK [--bundle DIR] [--python python3.12] [--have ...] [--dry_run]
 
 PACK gets pieces of an archive (the project's wheel, the wheels that the machine lacks, the data, the campaign's file
 and the bundle to go on from), SHA256SUMS and start.sh. Copy them into one folder there, and::
 
     bash start.sh MINUTES OUT
 
-OUT then has the bundle to carry back. The machine needs Linux on x86-64, Python of the given version with pip, and what
+OUT then has the bundle to carry back. The machine needs Linux on x86-64, Python of that version with pip, and what
 ``--have`` names with all that it requires; nothing is installed outside of the folder.
 """
 
@@ -23,7 +23,8 @@ import tarfile
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PLATFORMS = ["manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_26", "manylinux_2_27", "manylinux_2_28"]
+_PLATFORMS = ["manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_26", "manylinux_2_27", "manylinux_2_28"]
+TARGET = ["--only-binary=:all:", *(f"--platform={name}_x86_64" for name in _PLATFORMS)]
 
 START = """#!/usr/bin/env bash
 # Goes on with the campaign that was packed at commit @COMMIT@: bash start.sh MINUTES OUT [more for dpa_jax.campaign]
@@ -60,7 +61,8 @@ def main() -> None:
     parser.add_argument("--to", type=pathlib.Path, required=True, help="the folder for the pieces, which must be new")
     parser.add_argument("--data", type=pathlib.Path, help="config.data.dir: a folder, which travels whole")
     parser.add_argument("--bundle", type=pathlib.Path, help="the bundle that an earlier call left")
-    parser.add_argument("--python", default="3.12", help="the machine's Python (default: %(default)s)")
+    python = "an interpreter of the machine's version, with pip, that chooses the wheels (default: this one)"
+    parser.add_argument("--python", default=sys.executable, help=python)
     have = "packages that the machine has, with what they require; '' for none, all for all (default: %(default)s)"
     parser.add_argument("--have", default="jax==0.11.2 flax", help=have)
     parser.add_argument("--piece_mib", type=int, default=60, help="a piece's size at most (default: %(default)s)")
@@ -97,7 +99,7 @@ def pack(options: argparse.Namespace) -> None:
             print(f"nothing is packed; without --dry_run: to {options.to}, at most {options.piece_mib} MiB a piece")
             return
         if lacking:
-            pip("download", "-qq", "--no-deps", "-d", str(wheels), *target(options.python), *lacking)
+            pip(options.python, "download", "-qq", "--no-deps", "-d", str(wheels), *TARGET, *lacking)
         if options.data is not None:
             with tarfile.open(data, "w:xz", preset=1) as archive:
                 archive.add(options.data, "data")
@@ -120,18 +122,13 @@ def missing(wheel: pathlib.Path, have: list[str], python: str) -> list[str]:
 def resolved(requirements: list[str], python: str) -> dict[str, str]:
     """{package: version} of all that pip would install."""
     report = ["--dry-run", "--ignore-installed", "-qq", "--report", "-", "--target", "/nowhere"]
-    text = pip("install", *report, *target(python), *requirements)
+    text = pip(python, "install", *report, *TARGET, *requirements)
     found = (package["metadata"] for package in json.loads(text)["install"])
     return {package["name"].lower().replace("_", "-"): package["version"] for package in found}
 
 
-def target(python: str) -> list[str]:
-    platforms = [f"--platform={name}_x86_64" for name in PLATFORMS]
-    return ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp", *platforms]
-
-
-def pip(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+def pip(python: str, *arguments: str) -> str:
+    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
