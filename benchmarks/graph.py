@@ -24,7 +24,8 @@ def measure(mechanism: str, args: argparse.Namespace) -> dict[str, float]:
 
     from dpa_jax.config import default_config
     from dpa_jax.data import sources
-    from dpa_jax.data.graphs import GraphSource, graph
+    from dpa_jax.data.graphs import graph
+    from dpa_jax.data.sources.graph_source import GraphSource
     from dpa_jax.training.run import build
 
     nodes, edges, labelled = (round(args.scale * count) for count in (NODES, EDGES, LABELLED))

@@ -6,8 +6,8 @@ For any Flax module: `neighbour_sum`, `neighbour_mean` and `normalised_sum` take
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -194,6 +194,9 @@ class GraphModel(Model):
     in_features: int = 0
     num_nodes: int = 0
     labelled_nodes: int = 0
+
+    torch_names: ClassVar[Mapping[str, str]] = {}
+    """Parameters have the names of the recordings, and matrices are [in, out] there too."""
 
     def __post_init__(self):
         owner = type(self).__name__

@@ -6,8 +6,9 @@ import scipy.sparse
 
 from dpa_jax.config import default_config
 from dpa_jax.data import graph
-from dpa_jax.data.graphs import GraphSource, rows_that_sum_to_one
+from dpa_jax.data.graphs import rows_that_sum_to_one
 from dpa_jax.data.sources import open_source
+from dpa_jax.data.sources.graph_source import GraphSource
 from dpa_jax.data.text_graph import text_graph
 
 

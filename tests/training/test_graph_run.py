@@ -8,7 +8,7 @@ from dpa_jax.config import default_config
 from dpa_jax.training.loop import Preempted, evaluate, train_and_evaluate
 from dpa_jax.training.metrics import auc
 from dpa_jax.training.preemption import Preemption
-from dpa_jax.training.record import finished
+from dpa_jax.training.record import finished, read_history
 from dpa_jax.training.run import build
 from tests.models.test_graph import recording
 
@@ -121,3 +121,13 @@ def test_auc_equals_its_recording():
         found = auc(arrays[f"{case}/scores"], arrays[f"{case}/labels"])
         assert found == pytest.approx(wanted["auc"], abs=1e-12)
     assert np.isnan(auc(np.ones((2, 2)), np.array([1, 1])))
+
+
+def test_the_digits_graph_is_learned_from(tmp_path):
+    """The configuration that needs no data, cut short."""
+    from dpa_jax.train import main
+
+    command = ["train.py", "--config=configs/digits_gcn.py", "--config.epochs=15", f"--workdir={tmp_path / 'run'}"]
+    main(command)
+    last = read_history(tmp_path / "run")[-1]
+    assert last["epoch"] == 15 and last["eval_top1"] > 0.5 and last["valid_auc"] > 0.9

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpa_jax.data.graphs import GraphSource, graph
+from dpa_jax.data.graphs import graph
+from dpa_jax.data.sources.graph_source import GraphSource
 
 _NEIGHBOURS, _PER_CLASS, _VALIDATION = 8, 10, 300
 

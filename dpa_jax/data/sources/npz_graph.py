@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpa_jax.data.graphs import GraphSource, graph
+from dpa_jax.data.graphs import graph
 from dpa_jax.data.sources import reading
+from dpa_jax.data.sources.graph_source import GraphSource
 
 _DGRAPH = "dgraphfin.npz"
 _SPLITS = ("train", "valid", "eval")

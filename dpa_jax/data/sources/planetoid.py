@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpa_jax.data.graphs import GraphSource, graph, rows_that_sum_to_one
+from dpa_jax.data.graphs import graph, rows_that_sum_to_one
 from dpa_jax.data.sources import reading
+from dpa_jax.data.sources.graph_source import GraphSource
 
 _VALIDATION = 500  # nodes after those to train on
 _CLASSES = {"cora": 7, "citeseer": 6, "pubmed": 3}

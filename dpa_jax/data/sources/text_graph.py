@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpa_jax.data.graphs import GraphSource
 from dpa_jax.data.sources import cache
 from dpa_jax.data.sources.documents import open_documents
+from dpa_jax.data.sources.graph_source import GraphSource
 from dpa_jax.data.text_graph import text_graph
 from dpa_jax.models.graph import Graph
 
