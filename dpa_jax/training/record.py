@@ -118,16 +118,19 @@ def _tag(name: str) -> str:
     return f"{split}/{figure}" if split in ("eval", "valid") else f"train/{name.removeprefix('train_')}"
 
 
+_STOPS = "valid_loss_cross_entropy"
+
+
 def finished(history: Sequence[Mapping[str, Any]], config: ConfigDict) -> bool:
     """Whether a run with these records has come to its end: its last epoch, or where ``config.early_stopping`` says.
 
-    That is Kipf's rule: after more epochs than the window and one, the loss on the validation split is above the mean
-    of the window before it.
+    That is Kipf's rule: after more epochs than the window and one, the cross-entropy on the validation split is above
+    the mean of the window before it.
     """
     epochs, window = [record for record in history if "epoch" in record], config.early_stopping
     if not epochs or epochs[-1]["epoch"] >= config.epochs:
         return bool(epochs)
-    losses = [record["valid_loss"] for record in epochs if record.get("valid_loss") is not None]
+    losses = [record[_STOPS] for record in epochs if record.get(_STOPS) is not None]
     return 0 < window < len(losses) - 1 and losses[-1] > statistics.fmean(losses[-1 - window : -1])
 
 

@@ -239,7 +239,7 @@ def test_padded_samples_of_an_evaluation_change_nothing():
     memory = jax.tree.map(lambda leaf: leaf - (leaf.dtype == jnp.float32), variables["forward_memory"])
     backward = jax.tree.map(lambda leaf: leaf - 1, variables["backward_memory"])
     variables = {**variables, "forward_memory": memory, "backward_memory": backward}
-    evaluate = jax.jit(make_eval_step(model, lambda batch: batch.inputs))
+    evaluate = jax.jit(lambda *given: make_eval_step(model, lambda batch: batch.inputs)(*given)[0])
     zeros = jnp.zeros(8, jnp.int32)
     padded = evaluate(variables, Batch(images, jnp.where(jnp.arange(8) < 5, labels, -1), zeros, zeros))
     few = evaluate(variables, Batch(images[:5], labels[:5], zeros[:5], zeros[:5]))

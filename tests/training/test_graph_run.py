@@ -59,7 +59,7 @@ def test_it_ends_early_and_stays_ended(config, tmp_path):
 def test_kipfs_rule():
     config = default_config()
     config.early_stopping = 2
-    records = [{"epoch": i + 1, "valid_loss": loss} for i, loss in enumerate([3.0, 2.0, 1.0, 1.6, 1.2])]
+    records = [{"epoch": i + 1, "valid_loss_cross_entropy": loss} for i, loss in enumerate([3.0, 2.0, 1.0, 1.6, 1.2])]
     assert [finished(records[:n], config) for n in range(6)] == [False, False, False, False, True, False]
     config.early_stopping = 0
     assert not finished(records, config)
