@@ -70,7 +70,8 @@ def plot_comparison(runs: Mapping[str, Sequence[History]], path: str | os.PathLi
                 colour, style = _COLOURS[place % len(_COLOURS)], "-" if place < len(_COLOURS) else "--"
                 lines[name] = _line(axes, points, color=colour, linestyle=style, linewidth=1.4)
                 if len(histories) > 1:
-                    spreads = [(statistics.fmean(v), statistics.stdev(v)) for v in points.values()]
+                    # Runs that have ended early leave a single one, which has no spread.
+                    spreads = [(statistics.fmean(v), statistics.stdev(v) if v[1:] else 0.0) for v in points.values()]
                     low, high = [mean - spread for mean, spread in spreads], [mean + spread for mean, spread in spreads]
                     axes.fill_between(list(points), low, high, color=colour, alpha=0.15, linewidth=0)
 

@@ -235,7 +235,8 @@ def test_evaluation_by_itself_starts_the_counters_anew_as_the_loops_does(tmp_pat
         _, mutated = run.model.apply(variables, images, split.labels, mutable=dpa_jax.MUTABLE)
         return float(dpa_jax.penalties(mutated)["gate"])
 
-    _, (wanted,) = run.evaluate(state)
+    _, (figures,) = run.evaluate(state)
+    wanted = {name.removeprefix("eval_"): figure for name, figure in figures.items()}
     assert evaluate(config, tmp_path) == {4: wanted}
     assert wanted["loss_gate"] == pytest.approx(gate_loss(dpa_jax.reset_counters(variables)), rel=1e-3)
     assert wanted["loss_gate"] != pytest.approx(gate_loss(variables), rel=0.1)
