@@ -300,8 +300,8 @@ def _keys() -> dict[str, Any]:
         },
         "early_stopping": Key(
             0,
-            "Stop when, after more than so many epochs, the cross-entropy on the validation split is above the mean of so "
-            "many epochs before it; 0: never.",
+            "Stop when, after more than so many epochs, the cross-entropy on the validation split is above the mean "
+            "of so many epochs before it; 0: never.",
             _count(0),
         ),
         "eval_every_epochs": Key(1, "Epochs between evaluations; the last epoch is always followed by one.", _count(1)),
