@@ -4,7 +4,7 @@
 
 DIR has the files of TextGCN's authors: git clone https://github.com/yao8839836/text_gcn, then text_gcn/data. The recipe
 is theirs: at most 200 epochs, fewer where the loss on a tenth of the training documents rises.
-Cost: COST. Expected: EXPECTED.
+Cost and accuracy were not measured yet; published for ReLU: 86.34%. The graph has 27 million entries.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 DIR has Planetoid's files, ind.citeseer.x and so on:
 git clone https://github.com/kimiyoung/planetoid, then planetoid/data.
 The recipe is that of Kipf and Welling: 200 epochs, or fewer where the loss on the validation nodes rises.
-Cost: COST. Expected: EXPECTED.
+Cost and accuracy were not measured yet; published for ReLU: 70.3%.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 DIR has Planetoid's files, ind.cora.x and so on:
 git clone https://github.com/kimiyoung/planetoid, then planetoid/data.
 The recipe is that of Kipf and Welling: 200 epochs, or fewer where the loss on the validation nodes rises.
-Cost: COST. Expected: EXPECTED.
+Cost: under a minute on two CPU cores. Expected: 81% top-1 on the 1,000 papers of the evaluation.
 """
 
 from ml_collections import ConfigDict
