@@ -137,7 +137,7 @@ def unpickle(path: pathlib.Path) -> Any:
     """What one of the pickles holds; ValueError where it is damaged or asks for more than arrays."""
     with reading.open_plain(path) as file:
         try:
-            # Python's own unpickler, and not the C one: it maps names of Python 2 only if it is asked to.
+            # Names stay as Python 2 wrote them, for they are what is admitted.
             return _Unpickler(file, fix_imports=False, encoding="latin1").load()
         except MemoryError:
             raise
